@@ -1,0 +1,475 @@
+"""Images: data -> VQ-VAE -> codes -> PixelCNN -> samples (secs. 4.2 and 3.3 of the paper).
+
+    python train_image.py                          demo scenes, no download, no GPU: minutes
+    python train_image.py --data photos/ --size 128 --preset paper       own images, on a GPU
+    python train_image.py --resume                 go on with runs/image, as if never stopped
+    torchrun --nproc_per_node=2 train_image.py     the same run over several processes
+
+Stage one trains the VQ-VAE under a uniform prior. Then it is frozen, every image is encoded
+once, and a PixelCNN learns the distribution of the codes; codes drawn from it are decoded to
+images. --out (runs/image) receives reconstructions.png, samples.png, codes.png, curves.png,
+metrics.json, log.csv, config.json and checkpoint.pt; README explains every number.
+"""
+
+import json
+import math
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from prior import PixelCNN
+from vqvae import (VQVAE, Gaussian, Parser, Run, VectorQuantizer, VectorQuantizerEMA,
+                   count_codes, perplexity, positive, stop, to_unit)
+
+PRESETS = {
+    # 64 x 64 x 3 -> 16 x 16 codes of 9 bits: the 42.6-fold compression of sec. 4.2, for a laptop.
+    "demo": dict(steps=1000, prior_steps=700, batch_size=32, lr=1e-3, lr_decay=0.5, hidden=64,
+                 res_hidden=32, prior_channels=64),
+    # ImageNet 128 x 128 x 3 -> 32 x 32, K = 512. Widths, batch and rate from the authors' own
+    # public notebook; the paper gives Adam 2e-4 and 250,000 steps for CIFAR-10 only.
+    "paper": dict(steps=250_000, prior_steps=250_000, batch_size=128, lr=2e-4, hidden=128,
+                  res_hidden=32, size=128, prior_channels=256),
+}
+
+# ---------------------------------------------------------------------------------------------
+# Demo data: one solid in a coloured room, seen from slightly above
+# ---------------------------------------------------------------------------------------------
+
+SOLIDS = ("sphere", "cylinder", "cone", "cube", "pyramid")
+
+
+def demo_images(count, seed=0, size=64):
+    """Render `count` scenes: images (count, size, size, 3) uint8, labels (count,) int64, and the
+    scenes' factors as {name: (count,) int64} (for what a code can tell about its image)."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(len(SOLIDS), size=count)
+    scene = {"hue": rng.random(count), "wall_hue": rng.random(count),
+             "floor_hue": rng.random(count), "x": rng.uniform(-0.8, 0.8, count),
+             "z": rng.uniform(-0.4, 0.7, count), "scale": rng.uniform(1.1, 1.6, count),
+             "turn": rng.uniform(0, np.pi / 2, count), "light": rng.uniform(-1.0, 1.0, count)}
+    images = np.empty((count, size, size, 3), np.uint8)
+
+    def fill(part):  # images of one solid, few enough for the cache
+        images[part] = render(labels[part[0]], {k: v[part] for k, v in scene.items()}, size)
+
+    parts = [part for label in range(len(SOLIDS))
+             for part in np.split(np.flatnonzero(labels == label), range(16, count, 16)) if len(part)]
+    with ThreadPoolExecutor() as pool:                 # numpy works outside Python's lock
+        list(pool.map(fill, parts))
+    factors = {"solid": labels, "object hue": (scene["hue"] * 6).astype(int),
+               "wall hue": (scene["wall_hue"] * 6).astype(int),
+               "floor hue": (scene["floor_hue"] * 6).astype(int),
+               "position": np.digitize(scene["x"], (-0.3, 0.3))}
+    return images, labels, factors
+
+
+def render(label, scene, size):
+    """Ray-trace scenes with one kind of solid: two rays a pixel each way, one light, shadows."""
+    n, rays = len(scene["x"]), 2 * size
+    s = {k: v.astype(np.float32)[:, None] for k, v in scene.items()}       # (n, 1)
+    u = (np.arange(rays, dtype=np.float32) + 0.5) / rays * 2 - 1
+    across, upward = (a.ravel()[None] for a in np.meshgrid(u, -u))         # (1, rays^2)
+    eye = np.array([0, 1.7, -3.6], np.float32)
+    view = np.stack(np.broadcast_arrays(across * 0.5, upward * 0.5 - 0.27, 1.0), -1)
+    view = np.repeat(view.astype(np.float32), n, 0)                        # (n, rays^2, 3)
+
+    t, normal = hit_solid(label, s, eye, view)
+    floor = np.where(view[..., 1] < 0, -eye[1] / np.minimum(view[..., 1], -1e-6), np.inf)
+    wall = (2.2 - eye[2]) / view[..., 2]
+    behind = np.minimum(floor, wall)                   # distance to the room behind the solid
+    solid = t < behind
+    point = eye + np.where(solid, t, behind)[..., None] * view
+    normal = np.where(solid[..., None], normal, 0)
+    normal[..., 1] += ~solid & (floor < wall)          # the floor looks up
+    normal[..., 2] -= ~solid & (floor >= wall)         # the wall looks at us
+
+    tiles = (np.floor(point[..., 0] * 1.2) + np.floor(point[..., 2] * 1.2)) % 2
+    colour = np.where(solid[..., None], palette(s["hue"], 0.9),
+                      np.where((floor < wall)[..., None],
+                               palette(s["floor_hue"], 0.45) * (0.82 + 0.18 * tiles[..., None]),
+                               palette(s["wall_hue"], 0.45)))
+    light = np.stack(np.broadcast_arrays(s["light"], 1.3, -0.9), -1)
+    light = light / np.linalg.norm(light, axis=-1, keepdims=True)          # (n, 1, 3)
+    lit = np.maximum((normal * light).sum(-1), 0)
+    shade, _ = hit_solid(label, s, point + 1e-3 * normal, np.broadcast_to(light, view.shape))
+    lit = np.where(np.isfinite(shade) & ~solid, 0, lit)                    # in the solid's shadow
+    colour = colour * (0.40 + 0.60 * lit[..., None])
+    image = colour.reshape(n, size, 2, size, 2, 3).mean((2, 4))            # smooth edges
+    return (image.clip(0, 1) * 255).round().astype(np.uint8)
+
+
+def palette(hue, saturation):
+    """Hue in [0, 1) -> RGB, by three shifted cosines: (n, 1) -> (n, 1, 3)."""
+    wave = 0.5 + 0.5 * np.cos(2 * np.pi * (hue[..., None] - np.array([0, 1 / 3, 2 / 3])))
+    return (1 - saturation * (1 - wave)).astype(np.float32)
+
+
+def hit_solid(label, s, start, direction):
+    """Where rays meet the solid: distance t (inf: never) and outward normal there.
+
+    Every solid is convex: an intersection of half-spaces a.p <= b and, for the round ones, of
+    one quadric x^2 + q y^2 + z^2 <= w around a centre. A ray is inside each of them for an
+    interval of t; it is inside the solid in the intersection of these intervals.
+    """
+    # Into the solid's own coordinates: stands on the floor at 0, radius 1/2, height 1.
+    c, o = np.cos(s["turn"]), np.sin(s["turn"])
+    shift = np.stack([s["x"], np.zeros_like(s["x"]), s["z"]], -1)
+    p, d = ((a[..., 0] * c + a[..., 2] * o, a[..., 1] + 0 * c, a[..., 2] * c - a[..., 0] * o)
+            for a in ((start - shift) / s["scale"][..., None], direction / s["scale"][..., None]))
+    planes = [((0, 1, 0), 1.0), ((0, -1, 0), 0.0)]                         # 0 <= y <= 1
+    slope = {"cube": 0.0, "pyramid": 0.5}.get(SOLIDS[label])
+    if slope is not None:
+        planes += [((x, slope, z), 0.5) for x, z in ((1, 0), (-1, 0), (0, 1), (0, -1))]
+    near = np.full(d[0].shape, -np.inf, np.float32)
+    far = -near
+    normal = np.zeros((*d[0].shape, 3), np.float32)
+    for (ax, ay, az), b in planes:
+        speed = ax * d[0] + ay * d[1] + az * d[2]      # of the ray against the plane
+        t = (b - ax * p[0] - ay * p[1] - az * p[2]) / np.where(speed == 0, 1e-9, speed)
+        enters = (speed < 0) & (t > near)
+        near = np.where(enters, t, near)
+        far = np.where(speed > 0, np.minimum(far, t), far)
+        normal[enters] = (ax, ay, az)
+    quadric = {"sphere": (0.5, 1.0, 0.25), "cylinder": (0.0, 0.0, 0.2),
+               "cone": (1.0, -0.25, 0.0)}.get(SOLIDS[label])               # centre y, q, w
+    if quadric:
+        cy, q, w = quadric
+        y = p[1] - cy
+        A = d[0] ** 2 + q * d[1] ** 2 + d[2] ** 2
+        B = d[0] * p[0] + q * d[1] * y + d[2] * p[2]
+        root = B * B - A * (p[0] ** 2 + q * y * y + p[2] ** 2 - w)
+        t = (-B - np.sqrt(np.maximum(root, 0))) / A
+        far = np.where(root > 0, np.minimum(far, (-B + np.sqrt(np.maximum(root, 0))) / A), -np.inf)
+        enters = t > near
+        near = np.where(enters, t, near)
+        round_normal = np.stack([p[0] + t * d[0], q * (y + t * d[1]), p[2] + t * d[2]], -1)
+        normal = np.where(enters[..., None], round_normal, normal)
+    t = np.where((near < far) & (near > 1e-3), near, np.inf)
+    normal = np.stack([normal[..., 0] * c - normal[..., 2] * o, normal[..., 1],
+                       normal[..., 2] * c + normal[..., 0] * o], -1)       # back to the room
+    return t, normal / np.maximum(np.linalg.norm(normal, axis=-1, keepdims=True), 1e-9)
+
+
+# ---------------------------------------------------------------------------------------------
+# Own data
+# ---------------------------------------------------------------------------------------------
+
+
+class Data:
+    """Images as bytes: train and test (N, H, W, 3) uint8, labels (N,) int64 or None, classes."""
+
+    def __init__(self, train, test, train_labels=None, test_labels=None, classes=()):
+        self.train, self.test = torch.from_numpy(train), torch.from_numpy(test)
+        self.train_labels, self.test_labels = (
+            None if a is None else torch.from_numpy(np.asarray(a, np.int64))
+            for a in (train_labels, test_labels))
+        self.classes = list(classes)
+
+
+def load_data(args):
+    """--data: nothing, a folder of images, or an .npy / .npz file."""
+    if args.data is None:
+        images, labels, factors = demo_images(args.demo_images + args.demo_images // 10, args.seed,
+                                              args.size or 64)
+        k = args.demo_images
+        data = Data(images[:k], images[k:], labels[:k], labels[k:], SOLIDS)
+        return data
+    path = Path(args.data)
+    if not path.exists():
+        stop(f"--data {path}: no such file or folder")
+    data = load_folder(path, args) if path.is_dir() else load_array(path, args)
+    factor = 4
+    height, width = data.train.shape[1:3]
+    if height % factor or width % factor:
+        stop(f"--data {path}: images of {height} x {width}; both sides must be multiples of "
+             f"{factor}, the product of the encoder's strides (--size S crops and scales)")
+    return data
+
+
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".ppm", ".tif", ".tiff")
+
+
+def load_folder(path, args):
+    """Images in a folder; subfolders are classes. With train/ and test/ inside, that is the split;
+    otherwise every tenth image is held out."""
+    if (path / "train").is_dir() and (path / "test").is_dir():
+        classes = class_names(path / "train")
+        train, train_labels = read_images(path / "train", classes, args.size)
+        test, test_labels = read_images(path / "test", classes, args.size)
+        if train.shape[1:] != test.shape[1:]:
+            stop(f"--data {path}: train/ has images of {train.shape[1]} x {train.shape[2]}, "
+                 f"test/ of {test.shape[1]} x {test.shape[2]}; --size S crops and scales")
+        return Data(train, test, train_labels, test_labels, classes)
+    classes = class_names(path)
+    images, labels = read_images(path, classes, args.size)
+    return hold_out(images, labels, classes, path)
+
+
+def class_names(path):
+    return sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def read_images(path, classes, size):
+    """All images below path, sorted by name: (N, H, W, 3) uint8, and labels if there are classes."""
+    from PIL import Image
+    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_ENDINGS and p.is_file())
+    if not files:
+        stop(f"{path}: no images ({' '.join(IMAGE_ENDINGS)})")
+    images = None
+    for i, file in enumerate(files):
+        try:
+            with Image.open(file) as image:
+                image = image.convert("RGB")
+                image = np.asarray(crop_and_scale(image, size) if size else image)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+            stop(f"{file}: not a readable image ({' '.join(str(e).split())})")
+        if images is None:
+            images = np.empty((len(files), *image.shape), np.uint8)
+        if image.shape != images.shape[1:]:
+            stop(f"{file}: {image.shape[0]} x {image.shape[1]}, but {files[0]} is "
+                 f"{images.shape[1]} x {images.shape[2]}; --size S crops and scales all to S x S")
+        images[i] = image
+    if not classes:
+        return images, None
+    index = {name: i for i, name in enumerate(classes)}
+    labels = [index.get(file.relative_to(path).parts[0], -1) for file in files]
+    if -1 in labels:
+        stop(f"{files[labels.index(-1)]}: lies outside the class folders of {path} "
+             f"({', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''})")
+    return images, np.array(labels)
+
+
+def crop_and_scale(image, size):
+    """The largest square in the middle, scaled to size x size."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.resize((size, size), box=(left, top, left + side, top + side),
+                        resample=3, reducing_gap=3.0)  # 3: bicubic
+
+
+def load_array(path, args):
+    """.npy or .npz with uint8 images (N, H, W, 3) or clips (N, T, H, W, 3). An .npz may hold
+    `labels` (N,) and `split` (N,) of "train" / "test" beside them."""
+    try:
+        file = np.load(path, allow_pickle=False)
+        arrays = {k: file[k] for k in file.files} if hasattr(file, "files") else {"images": file}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as e:
+        stop(f"{path}: not a readable .npy or .npz array ({' '.join(str(e).split())[:120]})")
+    pictures = [k for k, a in arrays.items() if a.ndim in (4, 5) and a.shape[-1] == 3]
+    if len(pictures) != 1:
+        found = ", ".join(f"{k} {a.dtype}{a.shape}" for k, a in arrays.items())
+        stop(f"{path}: needs one array of images (N, H, W, 3) or clips (N, T, H, W, 3), found "
+             f"{found}")
+    images = arrays[pictures[0]]
+    if images.dtype != np.uint8:
+        stop(f"{path}: {pictures[0]} is {images.dtype}, must be uint8 (0 .. 255)")
+    labels, split = arrays.get("labels"), arrays.get("split")
+    for name, a in (("labels", labels), ("split", split)):
+        if a is not None and a.shape != images.shape[:1]:
+            stop(f"{path}: {name} has shape {a.shape}, must be ({len(images)},): one for each of "
+                 f"{pictures[0]}")
+    if labels is not None and (labels.dtype.kind not in "iu" or labels.min() < 0):
+        stop(f"{path}: labels must be integers from 0 up")
+    classes = [] if labels is None else [str(k) for k in range(int(labels.max()) + 1)]
+    if images.ndim == 5:                               # a clip is held out whole, or not at all
+        clips = images.shape[1]
+        labels = labels if labels is None else labels.repeat(clips)
+        split = split if split is None else split.repeat(clips)
+        images = images.reshape(-1, *images.shape[2:])
+        test = np.arange(len(images)) // clips % 10 == 9
+    else:
+        test = None
+    if split is not None:
+        test = np.char.startswith(split.astype(str), "test")
+    return hold_out(images, labels, classes, path, test)
+
+
+def hold_out(images, labels, classes, path, test=None):
+    """Split off `test`, by default every tenth image."""
+    test = np.arange(len(images)) % 10 == 9 if test is None else test
+    if test.all() or not test.any():
+        stop(f"{path}: {len(images)} images, of which {int(test.sum())} held out for testing: "
+             "needs at least one in each part (ten without a split of its own)")
+    pick = (lambda a, m: None if a is None else a[m])
+    return Data(images[~test], images[test], pick(labels, ~test), pick(labels, test), classes)
+
+
+# ---------------------------------------------------------------------------------------------
+# The experiment
+# ---------------------------------------------------------------------------------------------
+
+
+def make_parser():
+    parser = Parser("image", PRESETS, description=__doc__)
+    flag = parser.add_argument
+    flag("--codebook", choices=["loss", "ema"], default="loss", help="how the codebook learns: by "
+         "eq. 3, term 2 (default, the paper's experiments) or moving averages (A.1)")
+    flag("--num-codes", type=positive(int), default=512, help="K (default and paper 512)")
+    flag("--code-dim", type=positive(int), default=64, help="D (default 64; not in the paper)")
+    flag("--beta", type=positive(float), default=0.25, help="weight of the commitment term "
+         "(default and paper 0.25)")
+    flag("--hidden", type=positive(int), help="channels of encoder and decoder (paper 256 for "
+         "CIFAR-10)")
+    flag("--res-hidden", type=positive(int), help="channels inside a residual block")
+    flag("--prior-channels", type=positive(int), help="channels of the PixelCNN")
+    flag("--size", type=positive(int), help="crop all images to squares and scale them to "
+         "SIZE x SIZE")
+    flag("--demo-images", type=positive(int), default=4000, help="training images of the demo")
+    return parser
+
+
+def main():
+    run = Run(make_parser())
+    args = run.args
+    data = load_data(args)
+    channels_last = data.train.permute(0, 3, 1, 2)     # (N, 3, H, W), bytes stay in place
+    train, test = channels_last.to(run.device), data.test.permute(0, 3, 1, 2).to(run.device)
+    variance = float(to_unit(train[::max(1, len(train) // 1000)]).var())
+
+    Quantizer = {"loss": VectorQuantizer, "ema": VectorQuantizerEMA}[args.codebook]
+    model = VQVAE(Quantizer(args.num_codes, args.code_dim, beta=args.beta), Gaussian(variance),
+                  hidden=args.hidden, res_hidden=args.res_hidden).to(run.device)
+    height, width = train.shape[2] // 4, train.shape[3] // 4
+    prior = PixelCNN(args.num_codes, args.prior_channels, PixelCNN.layers_for(height, width),
+                     num_classes=len(data.classes)).to(run.device)
+    classifier = Classifier(len(data.classes)).to(run.device) if len(data.classes) > 1 else None
+    run.say(f"{len(train)} training and {len(test)} test images of {train.shape[2]} x "
+            f"{train.shape[3]}, {height} x {width} codes each; {sum(p.numel() for p in model.parameters()):,}"
+            f" weights in the VQ-VAE, {sum(p.numel() for p in prior.parameters()):,} in the prior")
+
+    # Stage one: the VQ-VAE, with the prior "kept constant and uniform".
+    run.fit("vqvae", model, lambda net, index: vqvae_loss(net, train[index], args), len(train),
+            args.steps, args.batch_size, args.lr)
+    model.requires_grad_(False)                        # stage one is over
+    # Stage two: the codes, once, and the prior on them.
+    codes, test_codes = encode_all(model, train), encode_all(model, test)
+    metrics = measure(model, test, test_codes, args)
+    if metrics["codes_used"] < 0.1 * args.num_codes:
+        run.say(f"warning: only {metrics['codes_used']} of {args.num_codes} codes are in use: the "
+                "prior will look very good, and mean little")
+    labels = None if data.train_labels is None else data.train_labels.to(run.device)
+    test_labels = None if data.test_labels is None else data.test_labels.to(run.device)
+    run.fit("prior", prior, lambda net, index: prior_loss(net, codes[index],
+                                                          None if labels is None else labels[index]),
+            len(codes), args.prior_steps, args.batch_size, args.lr)
+    metrics["prior_bits_per_code"] = bits_per_code(prior, test_codes, test_labels)
+    if classifier:
+        run.fit("classifier", classifier, lambda net, index: (
+            F.cross_entropy(net(train[index]), labels[index]), {}), len(train), 400,
+            args.batch_size, 1e-3)
+    if run.rank == 0:
+        report(run, model, prior, classifier, test, test_labels, data, metrics, (height, width))
+
+
+def vqvae_loss(net, x, args):
+    y = net(x)
+    mse = F.mse_loss(y.out.detach().float(), to_unit(x)) * 255 ** 2
+    return y.loss, {"mse": mse, "codes_used": count_codes(y.codes, args.num_codes)}
+
+
+def prior_loss(net, codes, labels):
+    loss = F.cross_entropy(net(codes, labels), codes)  # nats a code
+    return loss, {"bits_per_code": loss.detach() / math.log(2)}
+
+
+@torch.no_grad()
+def encode_all(model, images, batch=128):
+    """Codes (N, h, w) of all images, the last, smaller batch included."""
+    return torch.cat([model.encode(x) for x in images.split(batch)])
+
+
+@torch.no_grad()
+def measure(model, images, codes, args, batch=128):
+    """Reconstruction error and code usage over a whole set of images."""
+    error = sum(((model.decode(c).float() - x) ** 2).sum().item()
+                for x, c in zip(images.split(batch), codes.split(batch))) / images.numel()
+    counts = count_codes(codes, args.num_codes)
+    return {"mse": error, "psnr": 10 * math.log10(255 ** 2 / max(error, 1e-9)),
+            "codes_used": int((counts > 0).sum()), "num_codes": args.num_codes,
+            "perplexity": perplexity(counts).item(),
+            "compression": images[0].numel() * 8 / (codes[0].numel() * math.log2(args.num_codes))}
+
+
+@torch.no_grad()
+def bits_per_code(prior, codes, labels, batch=64):
+    """-log2 p(codes) / number of codes, under the fitted prior."""
+    labels = [None] * len(codes) if labels is None else labels.split(batch)
+    nats = sum(F.cross_entropy(prior(c, y), c, reduction="sum").item()
+               for c, y in zip(codes.split(batch), labels))
+    return nats / codes.numel() / math.log(2)
+
+
+class Classifier(nn.Sequential):
+    """A small network that learns the classes from real images, to judge sampled ones by."""
+
+    def __init__(self, classes):
+        def block(c_in, c_out):
+            return [nn.Conv2d(c_in, c_out, 3, 2, 1), nn.BatchNorm2d(c_out), nn.ReLU()]
+        super().__init__(*block(3, 32), *block(32, 64), *block(64, 64), nn.AdaptiveAvgPool2d(4),
+                         nn.Flatten(), nn.Linear(64 * 16, classes))
+
+    def forward(self, x):
+        return super().forward(to_unit(x))
+
+    @torch.no_grad()
+    def accuracy(self, images, labels, batch=128):
+        right = sum((self(x).argmax(1) == y).sum().item()
+                    for x, y in zip(images.split(batch), labels.split(batch)))
+        return right / len(labels)
+
+
+def report(run, model, prior, classifier, test, test_labels, data, metrics, field):
+    """Samples, pictures and metrics.json."""
+    generator = torch.Generator(run.device).manual_seed(run.args.seed)
+    shown = min(10, len(data.classes)) or 8            # columns: a class each
+    per_class = 200 // shown if classifier else 8
+    wanted = torch.arange(shown, device=run.device).repeat(per_class)
+    run.say(f"drawing {len(wanted)} samples from the prior")
+    sampled = torch.cat([prior.sample(len(w), *field, labels=w if data.classes else None,
+                                      generator=generator) for w in wanted.split(50)])
+    samples = torch.cat([model.decode(c) for c in sampled.split(64)])
+    if classifier:
+        metrics["sample_class_accuracy"] = classifier.accuracy(samples, wanted)
+        metrics["real_class_accuracy"] = classifier.accuracy(test, test_labels)
+    metrics["seconds"] = round(run.seconds, 1)
+    run.write("metrics.json", json.dumps(metrics, indent=1))
+    run.write_curves()
+    picture(run.out / "samples.png", samples[:8 * shown].unflatten(0, (8, shown)),
+            "samples: codes from the PixelCNN, decoded", data.classes[:shown])
+    some = test[:: max(1, len(test) // 16)][:16]
+    pairs = torch.stack([some[:8], model.decode(model.encode(some[:8]))])
+    if len(some) == 16:
+        pairs = torch.cat([pairs, torch.stack([some[8:], model.decode(model.encode(some[8:]))])])
+    picture(run.out / "reconstructions.png", pairs,
+            f"test images, and below each its reconstruction from {field[0]} x {field[1]} codes "
+            f"({metrics['compression']:.1f} times fewer bits)")
+    for name, value in metrics.items():
+        run.say(f"{name:24} {value:.4g}" if isinstance(value, float) else f"{name:24} {value}")
+    run.say(f"pictures and numbers are in {run.out}")
+
+
+def picture(path, images, title, columns=()):
+    """Save a grid of images (rows, columns, 3, H, W) uint8."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    rows, cols, _, height, width = images.shape
+    sheet = images.permute(0, 3, 1, 4, 2)              # (rows, H, cols, W, 3)
+    sheet = F.pad(sheet, (0, 0, 1, 1, 0, 0, 1, 1), value=255).flatten(2, 3).flatten(0, 1)
+    figure = plt.figure(figsize=(10, 10 * sheet.shape[0] / sheet.shape[1] + 0.6), layout="constrained")
+    axis = figure.add_subplot(title=title)
+    axis.imshow(sheet.cpu())
+    axis.set(yticks=[], xticks=[(k + 0.5) * (width + 2) for k in range(len(columns))])
+    axis.set_xticklabels(columns)
+    axis.tick_params(length=0)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()

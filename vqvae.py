@@ -1,0 +1,725 @@
+"""VQ-VAE: "Neural Discrete Representation Learning", van den Oord, Vinyals, Kavukcuoglu, 2017.
+
+Read this file beside the paper, top to bottom:
+
+    1. Quantisation       eqs. 1-3 (loss codebook), eqs. 4-8 (EMA codebook, appendix A.1)
+    2. Encoder, decoder   sec. 4.1
+    3. p(x|z)             the data term of eq. 3
+    4. The VQ-VAE         sec. 3
+    5. Running an experiment: training loop, checkpoints, several processes. No VQ-VAE in there.
+
+The paper's symbols, used in every file:
+
+    x         data                             B         examples in a batch
+    z_e       encoder output z_e(x)            H, W, T   height, width, time of the latent field
+    codes     k, the index of the nearest e_k  K         codes in a codebook   (num_codes)
+    z_q       e_k, the decoder's input         D         size of one e_k       (code_dim)
+    codebook  e, the embedding vectors         G         codebooks, one a slice of the channels
+    beta      weight of the commitment term    N         latents in a batch, B*H*W for one codebook
+    gamma     decay of the EMA codebook        sg[.]     stop gradient, .detach()
+
+Needs torch and nothing else. Section 1 stands alone: copy it.
+
+    >>> vq = VectorQuantizerEMA(num_codes=512, code_dim=64)
+    >>> q = vq(torch.randn(8, 64, 32, 32))
+    >>> q.z_q.shape, q.codes.shape, q.loss.shape
+    (torch.Size([8, 64, 32, 32]), torch.Size([8, 32, 32]), torch.Size([]))
+"""
+
+import argparse
+import csv
+import json
+import math
+import os
+import pickle
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+
+# ---------------------------------------------------------------------------------------------
+# 1. Quantisation: from a vector z_e(x) to an index k, and on to e_k (sec. 3.1, 3.2, A.1)
+# ---------------------------------------------------------------------------------------------
+
+
+class Quantized(NamedTuple):
+    """What a quantiser returns for z_e of shape (B, G*D, ...)."""
+
+    z_q: torch.Tensor    # (B, G*D, ...)  value e_k; its gradient goes to z_e unchanged
+    codes: torch.Tensor  # (B, ...) int64, or (B, G, ...) with G > 1 codebooks
+    loss: torch.Tensor   # scalar: terms 2 + 3 of eq. 3, or term 3 alone for the EMA codebook
+
+
+class CopyGradient(torch.autograd.Function):
+    """Straight-through estimator (sec. 3.2): forward gives z_q, backward hands grad to z_e.
+
+    The usual one-liner z_e + (z_q - z_e).detach() has the same gradient, but its value is e_k
+    only up to rounding. Here the decoder sees e_k itself, exactly as it will when it decodes
+    codes that a prior has sampled.
+    """
+
+    @staticmethod
+    def forward(ctx, z_e, z_q):
+        return torch.empty_like(z_e).copy_(z_q)  # z_q in the memory layout and dtype of z_e
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None  # "the gradient is passed unaltered to the encoder"; none to e
+
+
+class VectorQuantizer(nn.Module):
+    """Nearest-code quantiser whose codebook learns by gradient: eqs. 1-3.
+
+    Args:
+        num_codes: K, how many vectors e_1 .. e_K a codebook has.
+        code_dim: D, the length of one e_k.
+        beta: weight of the commitment term; 0.25 in all the paper's experiments.
+        num_codebooks: G. The channels are cut into G slices of D, each with a codebook of its
+            own: G latents at every position (the 10 in sec. 4.1's 8 x 8 x 10, say).
+        data_init: start the codebook at encoder outputs of the first training batch. The paper
+            does not say how it starts; vectors from elsewhere leave many codes unused for ever.
+            False: uniform in [-1/K, 1/K].
+
+    Input (B, G*D, ...) with any number of axes after the channels; raises ValueError for
+    another channel count. Works in float32 (float64 after .double()), also under autocast: in
+    bfloat16 near neighbours change places.
+    """
+
+    def __init__(self, num_codes, code_dim, beta=0.25, num_codebooks=1, data_init=True):
+        super().__init__()
+        self.num_codes, self.code_dim, self.num_codebooks = num_codes, code_dim, num_codebooks
+        self.beta = beta
+        self.seeded = not data_init
+        # G codebooks stacked: rows g*K .. (g+1)*K - 1 belong to slice g.      (G*K, D)
+        table = torch.empty(num_codebooks * num_codes, code_dim)
+        self.codebook = nn.Parameter(table.uniform_(-1 / num_codes, 1 / num_codes))
+
+    def forward(self, z_e):
+        z = self.to_vectors(z_e.detach())              # (G, N, D)
+        if self.training and not self.seeded:
+            self.seed(z)
+        codes = self.nearest(z)                        # (G, N)     eq. 1: q(z = k|x) = 1
+        rows = self.rows(codes)                        # (G, N)     the same, in the stack
+        e = self.codebook.index_select(0, rows.flatten()).view_as(z)  # (G, N, D)  eq. 2: e_k
+        z_q = CopyGradient.apply(z_e, self.to_field(e.detach(), z_e.shape))
+        # ||.||_2^2 is a sum over the D numbers of a vector; "we get an average over N terms, one
+        # for each latent". F.mse_loss averages over both, hence the factor D, here and below.
+        commitment = self.code_dim * F.mse_loss(z_e, z_q.detach())     # eq. 3, term 3
+        loss = self.codebook_term(z, e, rows) + self.beta * commitment
+        codes = codes.view(self.num_codebooks, z_e.shape[0], *z_e.shape[2:]).transpose(0, 1)
+        return Quantized(z_q, codes.squeeze(1) if self.num_codebooks == 1 else codes, loss)
+
+    def codebook_term(self, z, e, rows):
+        """Eq. 3, term 2: moves e towards the encoder outputs z, and never the encoder."""
+        return self.code_dim * F.mse_loss(e, z)
+
+    @torch.no_grad()
+    def nearest(self, z, tile=2048):
+        """Eq. 1: k = argmin_j ||z_e - e_j||_2 for z (G, N, D), as (G, N) int64."""
+        # ||z - e||^2 = |z|^2 - 2 z.e + |e|^2. |z|^2 is the same for every j, so the argmin is
+        # the argmax of z.e - |e|^2 / 2: one matrix product, on tiles of rows that stay in cache
+        # so that the N x K table never exists.
+        e = self.codebook.view(self.num_codebooks, self.num_codes, self.code_dim)
+        half = -0.5 * e.square().sum(2).unsqueeze(1)   # (G, 1, K)
+        tile = tile if z.device.type == "cpu" else 32 * tile
+        with torch.autocast(z.device.type, enabled=False):
+            return torch.cat([torch.baddbmm(half, part, e.transpose(1, 2)).argmax(2)
+                              for part in z.split(tile, 1)], 1)
+
+    @torch.no_grad()
+    def seed(self, z):
+        """Start every codebook at K of the vectors z (G, N, D), drawn without replacement."""
+        if dist.is_available() and dist.is_initialized():  # from the joint batch of all processes
+            parts = [torch.empty_like(z) for _ in range(dist.get_world_size())]
+            dist.all_gather(parts, z.contiguous())
+            z = torch.cat(parts, 1)
+        # A generator of its own: the same rows in every process, and the global one is not moved.
+        shuffle = torch.randperm(z.shape[1], generator=torch.Generator().manual_seed(0))
+        pick = shuffle.repeat(-(-self.num_codes // len(shuffle)))[:self.num_codes].to(z.device)
+        start = z[:, pick]                             # (G, K, D)
+        # Fewer vectors than codes: copies would tie for ever, so each second one moves a little.
+        spread = z.std(1, keepdim=True) if z.shape[1] > 1 else torch.ones_like(z)
+        jitter = torch.randn(start.shape, generator=torch.Generator().manual_seed(1))
+        jitter[:, :len(shuffle)] = 0
+        start = start + 0.1 * spread * jitter.to(start)
+        self.codebook.copy_(start.flatten(0, 1))
+        self.seeded = True
+
+    def lookup(self, codes):
+        """codes (B, ...), or (B, G, ...), to vectors (B, G*D, ...): what the decoder takes."""
+        codes = codes.unsqueeze(1) if self.num_codebooks == 1 else codes
+        rows = self.rows(codes.transpose(0, 1).flatten(1))
+        shape = (codes.shape[0], self.num_codebooks * self.code_dim, *codes.shape[2:])
+        return self.to_field(F.embedding(rows, self.codebook), shape)
+
+    def rows(self, codes):                             # (G, N) codes -> rows of the stack
+        first = torch.arange(self.num_codebooks, device=codes.device) * self.num_codes
+        return codes + first.unsqueeze(1)
+
+    def to_vectors(self, z_e):
+        """(B, G*D, ...) -> (G, N, D): a vector is the D channels of one position, nothing else."""
+        G, D = self.num_codebooks, self.code_dim
+        if z_e.dim() < 2 or z_e.shape[1] != G * D:
+            raise ValueError(f"z_e must be (B, {G * D}, ...): num_codebooks {G} x code_dim {D} "
+                             f"channels; got {tuple(z_e.shape)}")
+        z = z_e.unflatten(1, (G, D)).transpose(0, 1).movedim(2, -1)    # (G, B, ..., D)
+        return z.reshape(G, -1, D).to(self.codebook.dtype)
+
+    def to_field(self, e, shape):
+        """The way back: (G, N, D) -> (B, G*D, ...)."""
+        e = e.view(self.num_codebooks, shape[0], *shape[2:], self.code_dim)
+        return e.movedim(-1, 2).transpose(0, 1).reshape(shape)
+
+    # "Already seeded" travels in the state dict: a resumed model must not be seeded again.
+    def get_extra_state(self):
+        return self.seeded
+
+    def set_extra_state(self, seeded):
+        self.seeded = seeded
+
+
+class VectorQuantizerEMA(VectorQuantizer):
+    """The same quantiser, its codebook a moving average of what it is chosen for: A.1, eqs. 6-8.
+
+    gamma is the decay; 0.99 "works well in practice". The codebook is a buffer, no parameter:
+    the optimiser never sees it. It moves in training mode only.
+    """
+
+    def __init__(self, num_codes, code_dim, beta=0.25, gamma=0.99, num_codebooks=1,
+                 data_init=True):
+        super().__init__(num_codes, code_dim, beta, num_codebooks, data_init)
+        self.gamma = gamma
+        table = self.codebook.detach()
+        del self.codebook
+        # N_i starts at 1 and m_i at e_i, so that eq. 8 holds from the first step on. With N_i at
+        # 0 (as often seen), m_i / N_i throws every code that was not hit yet far away.
+        self.register_buffer("codebook", table)                        # e_i  (G*K, D)
+        self.register_buffer("ema_count", torch.ones(len(table)))      # N_i  (G*K)
+        self.register_buffer("ema_sum", table.clone())                 # m_i  (G*K, D)
+
+    def codebook_term(self, z, e, rows):
+        """Eq. 4 is minimised by averaging, not by gradient: nothing is left of it in the loss."""
+        if self.training:
+            self.update(z.flatten(0, 1), rows.flatten())
+        return 0.0
+
+    @torch.no_grad()
+    def update(self, z, rows):
+        """One step of eqs. 6-8 with z (G*N, D) and the row of the codebook each one chose."""
+        n = torch.zeros_like(self.ema_count).index_add_(0, rows, torch.ones_like(z[:, 0]))
+        total = torch.zeros_like(self.ema_sum).index_add_(0, rows, z)  # sum_j z_ij
+        if dist.is_available() and dist.is_initialized():  # every process sees the joint batch
+            dist.all_reduce(n)
+            dist.all_reduce(total)
+        self.ema_count.lerp_(n, 1 - self.gamma)                        # eq. 6: N_i
+        self.ema_sum.lerp_(total, 1 - self.gamma)                      # eq. 7: m_i
+        # eq. 8. For a code that nobody chose eqs. 6 and 7 shrink N_i and m_i alike, so e_i stays
+        # where it is; taking that literally also spares it 0/0 after thousands of such steps.
+        chosen = (n > 0).unsqueeze(1)
+        mean = self.ema_sum / self.ema_count.unsqueeze(1)
+        self.codebook.copy_(torch.where(chosen, mean, self.codebook))
+
+    def seed(self, z):
+        super().seed(z)
+        self.ema_count.fill_(1)
+        self.ema_sum.copy_(self.codebook)
+
+
+def count_codes(codes, num_codes, num_codebooks=1):
+    """How often each code occurs: codes (B, ...) or (B, G, ...) -> (G*K,) float."""
+    codes = codes.unsqueeze(1) if num_codebooks == 1 else codes
+    codes = codes.transpose(0, 1).flatten(1)                           # (G, N)
+    first = torch.arange(num_codebooks, device=codes.device).unsqueeze(1) * num_codes
+    counts = torch.zeros(num_codebooks * num_codes, device=codes.device)
+    return counts.index_add_(0, (codes + first).flatten(), torch.ones_like(codes.flatten(), dtype=counts.dtype))
+
+
+def perplexity(counts):
+    """exp of the entropy of the code frequencies: K if all codes are equally frequent, 1 if only
+    one is used. Only meaningful for counts over a whole data set: a batch has too few latents."""
+    p = counts / counts.sum()
+    return torch.special.entr(p).sum().exp()
+
+
+# ---------------------------------------------------------------------------------------------
+# 2. Encoder and decoder (sec. 4.1; with ndim=1 the encoder of raw speech, sec. 4.3)
+# ---------------------------------------------------------------------------------------------
+
+CONV = {1: nn.Conv1d, 2: nn.Conv2d}
+CONV_TRANSPOSE = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d}
+
+
+class ResidualBlock(nn.Module):
+    """ "ReLU, 3x3 conv, ReLU, 1x1 conv", added to the input."""
+
+    def __init__(self, hidden, res_hidden, ndim=2):
+        super().__init__()
+        self.branch = nn.Sequential(
+            nn.ReLU(),  # not in place: the skip must carry x, and x.relu_() would change it
+            CONV[ndim](hidden, res_hidden, 3, padding=1), nn.ReLU(inplace=True),
+            CONV[ndim](res_hidden, hidden, 1))
+
+    def forward(self, x):
+        return x + self.branch(x)
+
+
+class Encoder(nn.Sequential):
+    """x (B, C, ...) -> z_e (B, out_channels, ...), each axis smaller by the product of strides.
+
+    "2 strided convolutional layers with stride 2 and window size 4 x 4, followed by two residual
+    3 x 3 blocks": strides=(2, 2). An axis must be a multiple of the product of the strides.
+    The 1x1 convolution at the end is not in the paper; it brings `hidden` channels to G*D.
+    """
+
+    def __init__(self, in_channels, hidden, res_hidden, out_channels, strides=(2, 2), ndim=2):
+        layers = []
+        for i, s in enumerate(strides):
+            # Window s + 2*(s//2), so 4 for stride 2, and padding s//2 divide the length by s.
+            layers += [CONV[ndim](hidden if i else in_channels, hidden, s + 2 * (s // 2), s,
+                                  s // 2), nn.ReLU(inplace=True)]
+        layers.pop()  # the residual block brings its own ReLU
+        super().__init__(*layers, ResidualBlock(hidden, res_hidden, ndim),
+                         ResidualBlock(hidden, res_hidden, ndim), nn.ReLU(inplace=True),
+                         CONV[ndim](hidden, out_channels, 1))
+
+
+class Decoder(nn.Sequential):
+    """z_q (B, in_channels, ...) -> parameters of p(x|z_q), (B, out_channels, ...).
+
+    "Two residual 3 x 3 blocks, followed by two transposed convolutions with stride 2 and window
+    size 4 x 4": the encoder's mirror image, from a 1x1 convolution that the paper leaves out.
+    """
+
+    def __init__(self, in_channels, hidden, res_hidden, out_channels, strides=(2, 2), ndim=2):
+        layers = [CONV[ndim](in_channels, hidden, 1), ResidualBlock(hidden, res_hidden, ndim),
+                  ResidualBlock(hidden, res_hidden, ndim), nn.ReLU(inplace=True)]
+        for i, s in enumerate(strides):
+            last = i == len(strides) - 1
+            layers += [CONV_TRANSPOSE[ndim](hidden, out_channels if last else hidden,
+                                            s + 2 * (s // 2), s, s // 2), nn.ReLU(inplace=True)]
+        layers.pop()  # none after the output
+        super().__init__(*layers)
+
+
+# ---------------------------------------------------------------------------------------------
+# 3. p(x|z): what the decoder's output means, and -log p(x|z) in nats
+# ---------------------------------------------------------------------------------------------
+
+
+class Gaussian:
+    """p(x|z) = N(x; decoder output, sigma^2 I), x scaled to [-0.5, 0.5]: "MSE over pixels".
+
+    The paper leaves sigma free, and with it the scale of the first term of eq. 3. Here
+    2 sigma^2 is the variance of the training data, so that -log p is the squared error in units
+    of that variance, and a model that outputs the mean image scores 1 a dimension.
+    """
+
+    outputs = 1  # decoder channels for each channel of x
+
+    def __init__(self, variance=1.0):
+        self.variance = variance  # of x in [-0.5, 0.5], over all pixels of the training data
+
+    def nll(self, out, x):
+        """-log p(x|z) without its constant, in nats: out and uint8 x (B, C, H, W) -> (B,)."""
+        return (out - to_unit(x)).square().flatten(1).sum(1) / self.variance
+
+    def image(self, out):
+        """The mean of p(x|z) as uint8 (B, C, H, W)."""
+        return ((out.float() + 0.5) * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def to_unit(x):
+    """uint8 0..255 -> float in [-0.5, 0.5], what every encoder gets."""
+    return x.float().div(255).sub(0.5)
+
+
+# ---------------------------------------------------------------------------------------------
+# 4. The VQ-VAE (sec. 3)
+# ---------------------------------------------------------------------------------------------
+
+
+class Output(NamedTuple):
+    """What a model returns for a batch x."""
+
+    loss: torch.Tensor   # scalar to minimise
+    nll: torch.Tensor    # (B,)  -log p(x|z), nats an example
+    out: torch.Tensor    # (B, C * likelihood.outputs, H, W)  parameters of p(x|z)
+    codes: torch.Tensor  # (B, h, w) or (B, G, h, w) int64
+
+
+class VQVAE(nn.Module):
+    """Encoder, quantiser and decoder for images of bytes.
+
+    Args:
+        channels: C of x. hidden, res_hidden: width of the convolutions and of the residual
+            blocks' inner layer; sec. 4.1 has 256 for both.
+        quantizer: VectorQuantizer or VectorQuantizerEMA.
+        likelihood: p(x|z), one of section 3.
+        strides: one stride for each strided convolution; (2, 2) takes 128 to 32, 84 to 21.
+
+    Input x: uint8 (B, C, H, W), H and W multiples of the product of the strides.
+    """
+
+    def __init__(self, quantizer, likelihood, channels=3, hidden=256, res_hidden=256,
+                 strides=(2, 2)):
+        super().__init__()
+        latent = quantizer.num_codebooks * quantizer.code_dim
+        self.encoder = Encoder(channels, hidden, res_hidden, latent, strides)
+        self.quantizer = quantizer
+        self.decoder = Decoder(latent, hidden, res_hidden, channels * likelihood.outputs, strides)
+        self.likelihood = likelihood
+
+    def forward(self, x):
+        q = self.quantizer(self.encoder(to_unit(x)))
+        out = self.decoder(q.z_q)
+        nll = self.likelihood.nll(out, x)              # eq. 3, term 1: decoder and encoder
+        # Eq. 3 sums its first term over the whole image and averages the others over the N
+        # latents. A sum over latents for all three would be eq. 3 for each latent; we divide
+        # that by N: a latent pays for its own pixels' log p(x|z) and its own distance to e_k,
+        # and the balance between the terms does not depend on the image's size.
+        latents = q.codes[0].numel()                   # N of one image
+        return Output(nll.mean() / latents + q.loss, nll, out, q.codes)
+
+    @torch.no_grad()
+    def encode(self, x):
+        """uint8 (B, C, H, W) -> codes (B, h, w), or (B, G, h, w)."""
+        return self.quantizer(self.encoder(to_unit(x))).codes
+
+    @torch.no_grad()
+    def decode(self, codes):
+        """codes -> uint8 images (B, C, H, W), the mean of p(x|z)."""
+        return self.likelihood.image(self.decoder(self.quantizer.lookup(codes)))
+
+
+# ---------------------------------------------------------------------------------------------
+# 5. Running an experiment. What train_image.py, train_audio.py and train_video.py share: flags,
+#    the training loop, checkpoints, several processes. The paper ends above this line.
+# ---------------------------------------------------------------------------------------------
+
+
+def stop(message):
+    """Bad input: one line that says what is wrong, exit status 2."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with the flags that all scripts have, and its errors in one line."""
+
+    def __init__(self, name, presets, **kwargs):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+        self.presets = presets
+        flag = self.add_argument
+        flag("--preset", choices=presets, default="demo", help="a set of defaults for the flags "
+             "below (default demo); flags given beside it win")
+        flag("--data", metavar="PATH", help="own data; without it the script makes its demo data")
+        flag("--out", default=f"runs/{name}", help="folder for everything the run writes "
+             "(default %(default)s)")
+        flag("--steps", type=positive(int), help="training steps of stage one")
+        flag("--prior-steps", type=positive(int), help="training steps of the prior")
+        flag("--batch-size", type=positive(int), help="examples a step, over all processes")
+        flag("--lr", type=positive(float), help="Adam's learning rate (paper 2e-4)")
+        flag("--lr-decay", type=fraction, default=0.0, metavar="F", help="let the learning rate "
+             "fall linearly to zero over this last part of each stage (paper 0)")
+        flag("--seed", type=int, default=0, help="of data, weights, batches and samples")
+        flag("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
+        flag("--precision", choices=["fp32", "bf16"], default="fp32", help="bf16: autocast in "
+             "training; the search for the nearest code stays in float32")
+        flag("--resume", action="store_true", help="go on from checkpoint.pt in --out, with its "
+             "flags; flags given beside it win")
+
+    def error(self, message):
+        stop(f"{message} (see --help)")
+
+
+def positive(kind):
+    """argparse type: a number of that kind above zero."""
+    def convert(text):
+        value = kind(text)
+        if not 0 < value < math.inf:
+            raise ValueError
+        return value
+    convert.__name__ = f"positive {kind.__name__}"
+    return convert
+
+
+def fraction(text):
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise ValueError
+    return value
+
+
+class Run:
+    """One experiment: its flags, its folder, its device and processes, and how far it is.
+
+    Everything random is a function of (seed, stage, step, process): no random state has to be
+    saved for a resumed run to equal one that never stopped.
+    """
+
+    def __init__(self, parser):
+        args = parser.parse_args()
+        self.started, self.seconds_before, self.stages, self.rows = time.time(), 0.0, {}, []
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.out = Path(args.out)
+        self.device = pick_device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
+        if self.world > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        # Later defaults win: script < preset < checkpoint < what was typed.
+        parser.set_defaults(**parser.presets[args.preset])
+        if args.resume:
+            saved = self.load()
+            self.stages, self.rows = saved["stages"], saved["log"]
+            self.seconds_before = saved["seconds"]
+            parser.set_defaults(**{k: v for k, v in saved["args"].items()
+                                   if k not in ("out", "device", "resume")})
+        self.args = parser.parse_args()
+        if self.args.batch_size % self.world:
+            stop(f"--batch-size {self.args.batch_size} does not divide among {self.world} "
+                 "processes")
+        self.make_folder(fresh=not args.resume)
+        torch.manual_seed(self.args.seed)
+
+    def make_folder(self, fresh):
+        if self.rank != 0:
+            return
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            if fresh and self.checkpoint.exists():  # a slip of the finger must not cost a run
+                self.checkpoint.replace(self.out / "checkpoint.old.pt")
+            self.write("config.json", json.dumps({
+                **vars(self.args), "torch": torch.__version__, "device_used": str(self.device),
+                "processes": self.world}, indent=1))
+        except OSError as e:
+            stop(f"--out {self.out} cannot be written: {e.strerror}")
+
+    # -- training ------------------------------------------------------------------------------
+
+    def fit(self, stage, model, loss, examples, steps, batch_size, lr, evaluate=None):
+        """Minimise loss by Adam, or go on where the checkpoint says that this stage stopped.
+
+        loss(net, index) -> (scalar, stats): net is the model (wrapped when there are several
+        processes), index (batch_size / processes,) int64 picks training examples. stats maps
+        names to tensors: scalars are averaged since the last line of the log; vectors are
+        counts, and the log says how many were not zero ("codes used").
+        evaluate() -> dict of numbers for the log, called some 20 times, in eval mode.
+        """
+        if examples < batch_size:
+            stop(f"{examples} training examples are fewer than --batch-size {batch_size}")
+        model.to(self.device).train()
+        optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+        first = self.restore(stage, model, optimizer)
+        net = model
+        if self.world > 1 and first < steps:
+            net = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+        every, share = max(1, steps // 200), batch_size // self.world
+        sums, since, begun, saved_at = {}, 0, time.time(), time.time()
+        bad = torch.full((), -1, device=self.device)   # first step whose loss was not finite
+        with Interrupt() as interrupt:
+            for step in range(first, steps):
+                # The joint batch is the same in every process, and each takes its share of it.
+                index = torch.randint(examples, (batch_size,),
+                                      generator=torch.Generator().manual_seed(
+                                          mix(self.args.seed, stage, step)))
+                index = index[self.rank * share:(self.rank + 1) * share].to(self.device)
+                torch.manual_seed(mix(self.args.seed, stage, step, self.rank))  # noise in models
+                for group in optimizer.param_groups:
+                    group["lr"] = lr * decayed(step, steps, self.args.lr_decay)
+                with torch.autocast(self.device.type, torch.bfloat16,
+                                    enabled=self.args.precision == "bf16"):
+                    value, stats = loss(net, index)
+                optimizer.zero_grad()
+                value.backward()
+                optimizer.step()
+
+                # No .item() here: it would make a GPU wait for Python at every step.
+                bad = torch.where((bad < 0) & ~value.detach().isfinite(), step + 1, bad)
+                for name, x in {"loss": value, **stats}.items():
+                    sums[name] = sums.get(name, 0) + x.detach()
+                since += 1
+                done = step + 1
+                if done % every and done != steps and not interrupt.asked:
+                    continue
+                if bad >= 0:
+                    stop(f"the loss of stage {stage} is not finite at step {int(bad)}: try a "
+                         f"lower --lr; the last checkpoint is kept, --resume goes on from it")
+                row = {"stage": stage, "step": done, "seconds": round(self.seconds, 1)}
+                row.update({name: (x > 0).sum().item() if x.ndim else x.item() / since
+                            for name, x in sums.items()})
+                if evaluate and (done == steps or done % (every * 10) == 0):
+                    model.eval()
+                    row.update(evaluate())
+                    model.train()
+                self.rows.append(row)
+                sums, since = {}, 0
+                self.progress(row, steps, (done - first) / (time.time() - begun))
+                if done == steps or interrupt.asked or time.time() - saved_at > 60:
+                    self.stages[stage] = {"model": model.state_dict(), "step": done,
+                                          "optimizer": optimizer.state_dict()}
+                    self.save()
+                    saved_at = time.time()
+                if interrupt.asked:
+                    self.say(f"stopped at step {done} of stage {stage}; go on with:  "
+                             f"{command()} --resume --out {self.out}")
+                    raise SystemExit(130)
+        return model.eval()
+
+    def restore(self, stage, model, optimizer):
+        """Load what the checkpoint has of this stage; returns the number of steps done."""
+        saved = self.stages.get(stage)
+        if saved is None:
+            return 0
+        try:
+            model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+        except (RuntimeError, ValueError) as e:
+            reason = " ".join(str(e).split())[:200]
+            stop(f"{self.checkpoint} holds another model for stage {stage}: {reason}")
+        return saved["step"]
+
+    def fitted(self, stage, steps):
+        """True if the checkpoint has this stage complete."""
+        return self.stages.get(stage, {}).get("step", 0) >= steps
+
+    # -- files ---------------------------------------------------------------------------------
+
+    @property
+    def checkpoint(self):
+        return self.out / "checkpoint.pt"
+
+    @property
+    def seconds(self):
+        """Time spent on this run, before and after a resume."""
+        return self.seconds_before + time.time() - self.started
+
+    def save(self):
+        """Write checkpoint.pt and log.csv; a run killed in here loses neither."""
+        if self.rank == 0:
+            state = {"args": vars(self.args), "stages": self.stages, "log": self.rows,
+                     "seconds": self.seconds}
+            temporary = self.checkpoint.with_suffix(".tmp")
+            torch.save(state, temporary)
+            os.replace(temporary, self.checkpoint)  # atomic: the old file or the new one
+            self.write_log()
+
+    def load(self):
+        """The checkpoint, read by the first process and sent to the others."""
+        state = [None]
+        if self.rank == 0:
+            try:
+                state = [torch.load(self.checkpoint, map_location="cpu", weights_only=True)]
+                state[0]["args"], state[0]["stages"], state[0]["log"], state[0]["seconds"]
+            except FileNotFoundError:
+                stop(f"--resume: there is no {self.checkpoint}")
+            except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError,
+                    pickle.UnpicklingError):
+                stop(f"--resume: {self.checkpoint} is torn, or no checkpoint of this project")
+        if self.world > 1:
+            dist.broadcast_object_list(state)
+        return state[0]
+
+    def write(self, name, text):
+        temporary = self.out / (name + ".tmp")
+        temporary.write_text(text)
+        os.replace(temporary, self.out / name)
+
+    def write_log(self):
+        names = list(dict.fromkeys(name for row in self.rows for name in row))
+        temporary = self.out / "log.tmp"
+        with open(temporary, "w", newline="") as f:
+            writer = csv.DictWriter(f, names)
+            writer.writeheader()
+            writer.writerows(self.rows)
+        os.replace(temporary, self.out / "log.csv")
+
+    def write_curves(self):
+        """curves.png: every number of the log against the step, a panel each."""
+        import matplotlib
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+        skip = ("stage", "step", "seconds")
+        panels = list(dict.fromkeys((row["stage"], name) for row in self.rows
+                                    for name in row if name not in skip))
+        columns = min(4, len(panels))
+        height = -(-len(panels) // columns)
+        figure, axes = plt.subplots(height, columns, figsize=(3.2 * columns, 2.4 * height),
+                                    squeeze=False, layout="constrained")
+        for axis, (stage, name) in zip(axes.flat, panels):
+            points = [(r["step"], r[name]) for r in self.rows if r["stage"] == stage and name in r]
+            axis.plot(*zip(*points), linewidth=1)
+            axis.set(title=f"{stage}: {name}", xlabel="step")
+        for axis in axes.flat[len(panels):]:
+            axis.axis("off")
+        figure.savefig(self.out / "curves.png", dpi=100)
+        plt.close(figure)
+
+    # -- talking -------------------------------------------------------------------------------
+
+    def say(self, text):
+        if self.rank == 0:
+            print(text, flush=True)
+
+    def progress(self, row, steps, speed):
+        left = int((steps - row["step"]) / speed)
+        numbers = "  ".join(f"{k} {v:.4g}" for k, v in row.items()
+                            if k not in ("stage", "step", "seconds"))
+        line = (f"{row['stage']} {row['step']}/{steps}  {speed:.2f} steps/s  "
+                f"{left // 60}:{left % 60:02d} left  {numbers}")
+        if self.rank != 0:
+            return
+        if sys.stdout.isatty():  # one line, rewritten in place
+            print(f"\r\x1b[K{line}", end="\n" if row["step"] == steps else "", flush=True)
+        elif row["step"] == steps or row["step"] % (10 * max(1, steps // 200)) == 0:
+            print(line, flush=True)
+
+
+class Interrupt:
+    """Ctrl-C asks for a stop at the end of the step; a second one stops at once."""
+
+    def __enter__(self):
+        self.asked, self.old = False, {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.old[number] = signal.signal(number, self.ask)
+        return self
+
+    def ask(self, number, frame):
+        self.asked = True
+        signal.signal(number, self.old[number])
+
+    def __exit__(self, *error):
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
+
+
+def pick_device(name, local_rank=0):
+    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+           "cpu": True}
+    if name == "auto":
+        name = next(n for n in ("cuda", "mps", "cpu") if has[n])
+    if not has[name]:
+        stop(f"--device {name}: torch {torch.__version__} finds none on this machine")
+    if name == "cuda":
+        torch.cuda.set_device(local_rank)
+    return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
+
+
+def mix(*parts):
+    """A seed for torch from (seed, stage, step, ...), unlike for unlike parts."""
+    return random.Random(repr(parts)).getrandbits(32)
+
+
+def decayed(step, steps, last):
+    """Factor on the learning rate: 1, then a straight line to zero over the `last` part."""
+    return min(1.0, (steps - step) / (last * steps)) if last > 0 else 1.0
+
+
+def command():
+    """How this script was called, without its flags."""
+    return f"python {os.path.basename(sys.argv[0])}"
