@@ -74,6 +74,11 @@ class CopyGradient(torch.autograd.Function):
         return grad, None  # "the gradient is passed unaltered to the encoder"; none to e
 
 
+def mse(a, b):
+    """F.mse_loss(a, b); that would hold two temporaries as large as a, this holds one."""
+    return F.mse_loss(a, b, reduction="none").sum() / a.numel()
+
+
 class VectorQuantizer(nn.Module):
     """Nearest-code quantiser whose codebook learns by gradient: eqs. 1-3.
 
@@ -110,15 +115,15 @@ class VectorQuantizer(nn.Module):
         e = self.codebook.index_select(0, rows.flatten()).view_as(z)  # (G, N, D)  eq. 2: e_k
         z_q = CopyGradient.apply(z_e, self.to_field(e.detach(), z_e.shape))
         # ||.||_2^2 is a sum over the D numbers of a vector; "we get an average over N terms, one
-        # for each latent". F.mse_loss averages over both, hence the factor D, here and below.
-        commitment = self.code_dim * F.mse_loss(z_e, z_q.detach())     # eq. 3, term 3
+        # for each latent". mse averages over both, hence the factor D, here and below.
+        commitment = self.code_dim * mse(z_e, z_q.detach())            # eq. 3, term 3
         loss = self.codebook_term(z, e, rows) + self.beta * commitment
         codes = codes.view(self.num_codebooks, z_e.shape[0], *z_e.shape[2:]).transpose(0, 1)
         return Quantized(z_q, codes.squeeze(1) if self.num_codebooks == 1 else codes, loss)
 
     def codebook_term(self, z, e, rows):
         """Eq. 3, term 2: moves e towards the encoder outputs z, and never the encoder."""
-        return self.code_dim * F.mse_loss(e, z)
+        return self.code_dim * mse(e, z)
 
     @torch.no_grad()
     def nearest(self, z, tile=2048):
