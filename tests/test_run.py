@@ -171,6 +171,7 @@ def test_progress_is_plain_lines_in_a_log(make_run, capsys):
 
 def test_flags_given_beside_a_preset_win(make_run):
     run = make_run("--steps", "9")
+    train(run, nn.Linear(3, 1))
     config = json.loads((run.out / "config.json").read_text())
     assert (run.args.steps, run.args.batch_size) == (9, 4)
     assert (config["steps"], config["batch_size"], config["processes"]) == (9, 4, 1)
@@ -384,6 +385,7 @@ def test_torn_or_foreign_checkpoint_is_refused_and_left_alone(make_run, capsys, 
 
 def test_a_checkpoint_that_would_run_code_is_refused(make_run, capsys, tmp_path):
     run = make_run()
+    run.out.mkdir()
     torch.save({"args": Trap(str(tmp_path / "sprung")), "stages": {}, "log": [], "seconds": 0},
                run.checkpoint)
     stopped(capsys, make_run, "--resume")
