@@ -178,15 +178,17 @@ def load_data(args):
                                               args.size or 64)
         k = args.demo_images
         data = Data(images[:k], images[k:], labels[:k], labels[k:], SOLIDS)
-        return data
-    path = Path(args.data)
-    if not path.exists():
-        stop(f"--data {path}: no such file or folder")
-    data = load_folder(path, args) if path.is_dir() else load_array(path, args)
+        source = f"--size {args.size}"
+    else:
+        path = Path(args.data)
+        if not path.exists():
+            stop(f"--data {path}: no such file or folder")
+        data = load_folder(path, args) if path.is_dir() else load_array(path, args)
+        source = f"--data {path}"
     factor = 4
     height, width = data.train.shape[1:3]
     if height % factor or width % factor:
-        stop(f"--data {path}: images of {height} x {width}; both sides must be multiples of "
+        stop(f"{source}: images of {height} x {width}; both sides must be multiples of "
              f"{factor}, the product of the encoder's strides (--size S crops and scales)")
     return data
 
@@ -268,6 +270,8 @@ def load_array(path, args):
     images = arrays[pictures[0]]
     if images.dtype != np.uint8:
         stop(f"{path}: {pictures[0]} is {images.dtype}, must be uint8 (0 .. 255)")
+    if not len(images):
+        stop(f"{path}: {pictures[0]} has shape {images.shape}: no images in it")
     labels, split = arrays.get("labels"), arrays.get("split")
     for name, a in (("labels", labels), ("split", split)):
         if a is not None and a.shape != images.shape[:1]:
@@ -326,6 +330,8 @@ def make_parser():
 def main():
     run = Run(make_parser())
     args = run.args
+    if args.num_codes < 2:
+        stop(f"--num-codes {args.num_codes}: a latent that has one value says nothing; at least 2")
     data = load_data(args)
     channels_last = data.train.permute(0, 3, 1, 2)     # (N, 3, H, W), bytes stay in place
     train, test = channels_last.to(run.device), data.test.permute(0, 3, 1, 2).to(run.device)

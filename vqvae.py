@@ -489,16 +489,18 @@ class Run:
         if self.args.batch_size % self.world:
             stop(f"--batch-size {self.args.batch_size} does not divide among {self.world} "
                  "processes")
-        self.make_folder(fresh=not args.resume)
+        self.fresh = not args.resume
         torch.manual_seed(self.args.seed)
 
-    def make_folder(self, fresh):
+    def make_folder(self):
+        """Called when training begins: until then flags and data may turn out to be bad."""
         if self.rank != 0:
             return
         try:
             self.out.mkdir(parents=True, exist_ok=True)
-            if fresh and self.checkpoint.exists():  # a slip of the finger must not cost a run
+            if self.fresh and self.checkpoint.exists():  # a slip of the finger must not cost a run
                 self.checkpoint.replace(self.out / "checkpoint.old.pt")
+            self.fresh = False
             self.write("config.json", json.dumps({
                 **vars(self.args), "torch": torch.__version__, "device_used": str(self.device),
                 "processes": self.world}, indent=1))
@@ -518,6 +520,7 @@ class Run:
         """
         if examples < batch_size:
             stop(f"{examples} training examples are fewer than --batch-size {batch_size}")
+        self.make_folder()
         model.to(self.device).train()
         optimizer = torch.optim.Adam(model.parameters(), lr=lr)
         first = self.restore(stage, model, optimizer)
