@@ -16,8 +16,8 @@ from test_run import python, same, stopped
 from train_image import bits_per_code, demo_images, encode_all, measure
 from vqvae import VQVAE, Gaussian, VectorQuantizer
 
-TINY = ("--steps 4 --prior-steps 3 --hidden 8 --res-hidden 8 --prior-channels 8 --num-codes 16 "
-        "--code-dim 8 --batch-size 8 --demo-images 60 --device cpu").split()
+TINY = ("--warmup-steps 1 --steps 4 --prior-steps 3 --hidden 8 --res-hidden 8 --prior-channels 8 "
+        "--num-codes 16 --code-dim 8 --batch-size 8 --demo-images 60 --device cpu").split()
 
 
 def noise(*shape):
@@ -355,7 +355,7 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     np.save(folder / "a.npy", demo_images(60, 0, 16)[0])
     flags = ["--data", folder / "a.npy", "--codebook", "ema", "--lr-decay", "0.5", *TINY, "--out"]
-    calls = [(flags, "whole", 0), (flags, "parts", 2), (["--resume", "--out"], "parts", 4),
+    calls = [(flags, "whole", 0), (flags, "parts", 3), (["--resume", "--out"], "parts", 4),
              (["--resume", "--out"], "parts", 0)]
     codes = []
     for n, (flags, name, at) in enumerate(calls):      # at: Ctrl-C in that training step
@@ -366,7 +366,8 @@ def runs(tmp_path_factory):
     steps = [{k: v["step"] for k, v in torch.load(folder / f"{n}.pt", weights_only=True)[
         "stages"].items()} for n in range(4)]
     assert codes == [0, 130, 130, 0]
-    assert steps[1:3] == [{"vqvae": 2}, {"vqvae": 4, "prior": 2}], "stopped elsewhere than planned"
+    assert steps[1:3] == [{"autoencoder": 1, "vqvae": 2}, {
+        "autoencoder": 1, "vqvae": 4, "prior": 2}], "stopped elsewhere than planned"
     return folder
 
 
