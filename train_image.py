@@ -27,7 +27,7 @@ from vqvae import (VQVAE, Gaussian, Parser, Run, VectorQuantizer, VectorQuantize
                    count_codes, perplexity, positive, stop, to_unit)
 
 PRESETS = {
-    # 64 x 64 x 3 -> 16 x 16 codes of 9 bits: the 42.6-fold compression of sec. 4.2, for a laptop.
+    # 48 x 48 x 3 -> 12 x 12 codes of 9 bits: the 42.6-fold compression of sec. 4.2, for a laptop.
     "demo": dict(warmup_steps=150, steps=600, prior_steps=700, batch_size=32, lr=1e-3,
                  lr_decay=0.5, hidden=64, res_hidden=32, prior_channels=64),
     # ImageNet 128 x 128 x 3 -> 32 x 32, K = 512. Widths, batch and rate from the authors' own
@@ -175,7 +175,7 @@ def load_data(args):
     """--data: nothing, a folder of images, or an .npy / .npz file."""
     if args.data is None:
         images, labels, factors = demo_images(args.demo_images + args.demo_images // 10, args.seed,
-                                              args.size or 64)
+                                              args.size or 48)
         k = args.demo_images
         data = Data(images[:k], images[k:], labels[:k], labels[k:], SOLIDS)
         source = f"--size {args.size}"
