@@ -28,7 +28,7 @@ from vqvae import (VQVAE, Gaussian, Parser, Run, VectorQuantizer, VectorQuantize
 
 PRESETS = {
     # 48 x 48 x 3 -> 12 x 12 codes of 9 bits: the 42.6-fold compression of sec. 4.2, for a laptop.
-    "demo": dict(warmup_steps=150, steps=800, prior_steps=700, batch_size=32, lr=1e-3,
+    "demo": dict(warmup_steps=150, steps=700, prior_steps=800, batch_size=32, lr=1e-3,
                  prior_lr=3e-3, lr_decay=0.5, hidden=64, res_hidden=32, prior_channels=64),
     # ImageNet 128 x 128 x 3 -> 32 x 32, K = 512. Widths, batch and rate from the authors' own
     # public notebook; the paper gives Adam 2e-4 and 250,000 steps for CIFAR-10 only.
@@ -48,8 +48,8 @@ def demo_images(count, seed=0, size=64):
     scenes' factors as {name: (count,) int64} (for what a code can tell about its image)."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(len(SOLIDS), size=count)
-    scene = {"hue": rng.random(count), "wall_hue": rng.random(count),
-             "floor_hue": rng.random(count), "x": rng.uniform(-0.8, 0.8, count),
+    hues = {name: rng.integers(6, size=count) for name in ("hue", "wall_hue", "floor_hue")}
+    scene = {**{name: hue / 6 for name, hue in hues.items()}, "x": rng.uniform(-0.8, 0.8, count),
              "z": rng.uniform(-0.4, 0.7, count), "scale": rng.uniform(1.1, 1.6, count),
              "turn": rng.uniform(0, np.pi / 2, count), "light": rng.uniform(-1.0, 1.0, count)}
     images = np.empty((count, size, size, 3), np.uint8)
@@ -61,9 +61,8 @@ def demo_images(count, seed=0, size=64):
              for part in np.split(np.flatnonzero(labels == label), range(16, count, 16)) if len(part)]
     with ThreadPoolExecutor() as pool:                 # numpy works outside Python's lock
         list(pool.map(fill, parts))
-    factors = {"solid": labels, "object hue": (scene["hue"] * 6).astype(int),
-               "wall hue": (scene["wall_hue"] * 6).astype(int),
-               "floor hue": (scene["floor_hue"] * 6).astype(int),
+    factors = {"solid": labels, "object hue": hues["hue"], "wall hue": hues["wall_hue"],
+               "floor hue": hues["floor_hue"],
                "position": np.digitize(scene["x"], (-0.3, 0.3))}
     return images, labels, factors
 
@@ -328,7 +327,7 @@ def make_parser():
          "SIZE x SIZE")
     flag("--classifier-steps", type=positive(int), default=800, help="training steps of the "
          "classifier that judges samples, where there are classes (default %(default)s)")
-    flag("--demo-images", type=positive(int), default=4000, help="training images of the demo")
+    flag("--demo-images", type=positive(int), default=8000, help="training images of the demo")
     return parser
 
 
@@ -481,7 +480,7 @@ def picture(path, images, title, columns=()):
     sheet = F.pad(sheet, (0, 0, 1, 1, 0, 0, 1, 1), value=255).flatten(2, 3).flatten(0, 1)
     figure = plt.figure(figsize=(10, 10 * sheet.shape[0] / sheet.shape[1] + 0.6), layout="constrained")
     axis = figure.add_subplot(title=title)
-    axis.imshow(sheet.cpu())
+    axis.imshow(sheet.cpu().numpy())
     axis.set(yticks=[], xticks=[(k + 0.5) * (width + 2) for k in range(len(columns))])
     axis.set_xticklabels(columns)
     axis.tick_params(length=0)
