@@ -77,7 +77,7 @@ def same(a, b):
     return torch.equal(a, b) if torch.is_tensor(a) else a == b
 
 
-# -- the loop -------------------------------------------------------------------------------------
+# -- the loop -----------------------------------------------------------------------------------
 
 
 def test_fit_is_adam_on_the_batches_it_shows(make_run):
@@ -177,7 +177,7 @@ def test_flags_given_beside_a_preset_win(make_run):
     assert (config["steps"], config["batch_size"], config["processes"]) == (9, 4, 1)
 
 
-# -- stop and go on -------------------------------------------------------------------------------
+# -- stop and go on -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -285,7 +285,7 @@ train(run, network(), stage="two")
 def python(*command, **kwargs):
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, **kwargs)
+                          env={**os.environ, "PYTHONPATH": path}, **kwargs)
 
 
 def test_kill_9_while_saving_keeps_the_last_checkpoint(make_run, tmp_path):
@@ -298,7 +298,7 @@ def test_kill_9_while_saving_keeps_the_last_checkpoint(make_run, tmp_path):
     assert len(train(resumed, network(), stage="two")) == 6
 
 
-# -- what stops it --------------------------------------------------------------------------------
+# -- what stops it ------------------------------------------------------------------------------
 
 
 def test_nan_loss_stops_names_the_step_and_keeps_the_checkpoint(make_run, capsys):
@@ -403,7 +403,7 @@ def test_checkpoint_of_another_model_is_refused(make_run, capsys):
     assert run.checkpoint.read_bytes() == before
 
 
-# -- several processes ------------------------------------------------------------------------------
+# -- several processes --------------------------------------------------------------------------
 
 
 def test_batch_that_does_not_divide_among_the_processes(make_run, capsys, monkeypatch):
