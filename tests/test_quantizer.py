@@ -208,7 +208,7 @@ def test_loss_is_an_average_over_the_latents(kind, weight):
     vq, z_e = quantizer(kind, G=3, beta=0.7), latents((3, 4), G=3)
     z, _, e = chosen(vq, z_e)
     distance = ((z - e) ** 2).sum(-1).mean()           # ||.||^2 of each latent, averaged
-    assert vq(z_e).loss.item() == pytest.approx(weight * distance), (
+    assert vq(z_e).loss.item() == pytest.approx(weight * distance, rel=1e-12), (
         "eq. 3: squared norms (sums over D), averaged over the N latents; terms 2 + 3 with the "
         "loss codebook, term 3 alone with the EMA codebook")
 
