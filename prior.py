@@ -91,6 +91,41 @@ class PixelCNNLayer(nn.Module):
         return gate(x_v + bias[0]), h
 
 
+class SliceHead(nn.Module):
+    """From the horizontal stack to logits, for G codes at every position, one after the other.
+
+    The stacks order positions. Within one, slice g sees the slices before it: their embeddings
+    are added to its hidden layer, as green sees red in a PixelCNN on colours. G = 1: a plain MLP.
+    """
+
+    def __init__(self, channels, num_codes, num_codebooks):
+        super().__init__()
+        hidden, self.num_codes = 4 * channels, num_codes
+        self.enter = nn.Conv2d(channels, hidden, 1)
+        self.before = nn.Embedding((num_codebooks - 1) * num_codes, hidden)
+        bound = hidden ** -0.5
+        self.weight = nn.Parameter(torch.empty(num_codebooks, hidden, num_codes)
+                                   .uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.zeros(num_codebooks, num_codes))
+
+    def forward(self, h, codes):
+        """h (B, C, H, W), codes (B, G, H, W) -> logits (B, K, G, H, W)."""
+        x = self.enter(h.relu()).movedim(1, -1).unsqueeze(1)           # (B, 1, H, W, hidden)
+        first = torch.arange(codes.shape[1] - 1, device=codes.device).view(-1, 1, 1)
+        e = self.before(codes[:, :-1] + first * self.num_codes)        # (B, G-1, H, W, hidden)
+        x = torch.cat([x, x + e.cumsum(1)], 1).relu()                  # (B, G, H, W, hidden)
+        return torch.einsum("bghwa,gak->bkghw", x, self.weight) + self.bias.t()[:, :, None, None]
+
+    def step(self, h, noise, temperature):
+        """One position: h (B, C), noise (G, B, K) -> G codes (B, G)."""
+        x, codes = F.linear(h.relu(), self.enter.weight.flatten(1), self.enter.bias), []
+        for g, (weight, bias) in enumerate(zip(self.weight, self.bias)):
+            if g:
+                x = x + self.before(codes[-1] + (g - 1) * self.num_codes)
+            codes.append(draw(torch.addmm(bias, x.relu(), weight), noise[g], temperature))
+        return torch.stack(codes, 1)
+
+
 class PixelCNN(nn.Module):
     """p(codes) for a field of codes (B, H, W), given a class and / or a conditioning map.
 
@@ -99,20 +134,22 @@ class PixelCNN(nn.Module):
             kernel 5 (two rows a layer). A field of (H, W) is seen whole if
             2 * num_layers + 1 >= max(H - 2, W - 1): see `layers_for`.
         num_classes: > 0 for p(codes | label). cond_channels: > 0 for p(codes | map).
+        num_codebooks: G > 1 for codes (B, G, H, W), the slices of a position in their order;
+            logits are then (B, K, G, H, W).
 
     The paper says "capacity similar to the PixelCNN paper" and no more.
     """
 
-    def __init__(self, num_codes, channels=64, num_layers=15, num_classes=0, cond_channels=0):
+    def __init__(self, num_codes, channels=64, num_layers=15, num_classes=0, cond_channels=0,
+                 num_codebooks=1):
         super().__init__()
-        self.num_codes, self.channels = num_codes, channels
+        self.num_codes, self.channels, self.num_codebooks = num_codes, channels, num_codebooks
         self.num_classes, self.cond_channels = num_classes, cond_channels
-        self.embed = nn.Embedding(num_codes, channels)
+        self.embed = nn.Embedding(num_codebooks * num_codes, channels)
         self.layers = nn.ModuleList(
             PixelCNNLayer(channels, 5 if i else 7, num_classes, cond_channels)
             for i in range(num_layers))
-        self.head = nn.Sequential(nn.ReLU(), nn.Conv2d(channels, 4 * channels, 1), nn.ReLU(),
-                                  nn.Conv2d(4 * channels, num_codes, 1))
+        self.head = SliceHead(channels, num_codes, num_codebooks)
 
     @staticmethod
     def layers_for(height, width):
@@ -123,12 +160,19 @@ class PixelCNN(nn.Module):
         """codes (B, H, W), labels (B,), cond (B, cond_channels, H, W) or (B, cond_channels, 1, 1)
         -> logits (B, K, H, W). logits[:, :, i, j] see the codes before (i, j), no others."""
         self.check(labels, cond)
-        x = self.embed(codes).permute(0, 3, 1, 2)      # (B, C, H, W)
+        codes = codes.unsqueeze(1) if self.num_codebooks == 1 else codes           # (B, G, H, W)
+        x = self.embed_all(codes.movedim(1, -1)).permute(0, 3, 1, 2)   # (B, C, H, W)
         v = F.pad(x, (0, 0, 1, -1))                    # one row down: row i holds codes of row i-1
         h = F.pad(x, (1, -1, 0, 0))                    # one column right: (i, j) holds (i, j-1)
         for layer in self.layers:
             v, h = layer(v, h, layer.bias(labels, cond))
-        return self.head(h)
+        logits = self.head(h, codes)
+        return logits.squeeze(2) if self.num_codebooks == 1 else logits
+
+    def embed_all(self, codes):
+        """Codes of G slices (..., G) -> the sum of their embeddings (..., C)."""
+        first = torch.arange(self.num_codebooks, device=codes.device) * self.num_codes
+        return self.embed(codes + first).sum(-2)
 
     def check(self, labels, cond):
         for name, given, wanted in (("labels", labels, self.num_classes),
@@ -141,13 +185,16 @@ class PixelCNN(nn.Module):
     def sample_naive(self, batch, height, width, labels=None, cond=None, temperature=1.0,
                      generator=None):
         """Ancestral sampling as one would write it first: the whole network for every code."""
-        codes = torch.zeros(batch, height, width, dtype=torch.long, device=self.embed.weight.device)
+        G, K, device = self.num_codebooks, self.num_codes, self.embed.weight.device
+        codes = torch.zeros(batch, G, height, width, dtype=torch.long, device=device)
         for i in range(height):
-            noise = gumbel(width, batch, self.num_codes, generator=generator, device=codes.device)
+            noise = gumbel(width, G, batch, K, generator=generator, device=device)
             for j in range(width):
-                logits = self(codes, labels, cond)[:, :, i, j]
-                codes[:, i, j] = draw(logits, noise[j], temperature)
-        return codes
+                for g in range(G):
+                    logits = self(codes.squeeze(1) if G == 1 else codes, labels, cond)
+                    logits = logits.view(batch, K, G, height, width)[:, :, g, i, j]
+                    codes[:, g, i, j] = draw(logits, noise[j, g], temperature)
+        return codes.squeeze(1) if G == 1 else codes
 
     @torch.no_grad()
     def sample(self, batch, height, width, labels=None, cond=None, temperature=1.0,
@@ -156,21 +203,20 @@ class PixelCNN(nn.Module):
 
         Row by row for the vertical stack, which needs nothing but finished rows; code by code
         for the horizontal one, which keeps what it has computed of the row in `line`.
-        Returns (batch, height, width) int64.
+        Returns (batch, height, width) int64, or (batch, G, height, width).
         """
         self.check(labels, cond)
-        B, C, W, device = batch, self.channels, width, self.embed.weight.device
-        codes = torch.zeros(B, height, W, dtype=torch.long, device=device)
+        B, C, G, W, device = batch, self.channels, self.num_codebooks, width, self.embed.weight.device
+        codes = torch.zeros(B, height, W, G, dtype=torch.long, device=device)
         weights = [self.step_weights(layer) for layer in self.layers]
-        enter, logit = self.head[1], self.head[3]
         # Inputs of each layer's vertical convolution, all rows, with its zero padding.
         above = [torch.zeros(B, C, height + layer.reach, W + 2 * layer.reach, device=device,
-                             dtype=enter.weight.dtype) for layer in self.layers]
+                             dtype=self.embed.weight.dtype) for layer in self.layers]
         v = above[0].new_zeros(B, C, 1, W)             # row 0: nothing is above it
         for i in range(height):
             row_cond = cond if cond is None or cond.shape[2] == 1 else cond[:, :, i:i + 1]
             biases = self.vertical_row(i, v, above, labels, row_cond)  # L x (W, B, 2C)
-            noise = gumbel(W, B, self.num_codes, generator=generator, device=device)
+            noise = gumbel(W, G, B, self.num_codes, generator=generator, device=device)
             # Inputs of each layer's horizontal convolution in this row: (B, (W + reach) * C), so
             # that the window of a position is a slice of one axis.
             line = [v.new_zeros(B, (W + layer.reach) * C) for layer in self.layers]
@@ -181,12 +227,11 @@ class PixelCNN(nn.Module):
                     window[:, r * C:] = h
                     x = torch.addmm(bias[j], window, w).tanh_()
                     h = torch.addmm(h, torch.addcmul(x[:, :C], x[:, :C], x[:, C:]), w_out)
-                x = F.linear(h.relu(), enter.weight.flatten(1), enter.bias).relu_()
-                x = F.linear(x, logit.weight.flatten(1), logit.bias)
-                codes[:, i, j] = draw(x, noise[j], temperature)
-                h = self.embed(codes[:, i, j])         # what the next position sees on its left
-            v = self.embed(codes[:, i]).transpose(1, 2).unsqueeze(2)   # (B, C, 1, W)
-        return codes
+                codes[:, i, j] = self.head.step(h, noise[j], temperature)
+                h = self.embed_all(codes[:, i, j])     # what the next position sees on its left
+            v = self.embed_all(codes[:, i]).transpose(1, 2).unsqueeze(2)   # (B, C, 1, W)
+        codes = codes.movedim(-1, 1)
+        return codes.squeeze(1) if G == 1 else codes
 
     def vertical_row(self, i, v, above, labels, cond):
         """Run the vertical stack for row i; returns what it adds to each layer's horizontal gate."""

@@ -27,12 +27,12 @@ from vqvae import (VQVAE, Gaussian, Parser, Run, VectorQuantizer, VectorQuantize
                    count_codes, perplexity, positive, stop, to_unit)
 
 PRESETS = {
-    # 64 x 64 x 3 -> 16 x 16 codes of 9 bits: the 42.6-fold compression of sec. 4.2, for a laptop.
-    "demo": dict(steps=1000, prior_steps=700, batch_size=32, lr=1e-3, lr_decay=0.5, hidden=64,
-                 res_hidden=32, prior_channels=64),
+    # 48 x 48 x 3 -> 12 x 12 codes of 9 bits: the 42.6-fold compression of sec. 4.2, for a laptop.
+    "demo": dict(warmup_steps=150, steps=600, prior_steps=700, batch_size=32, lr=1e-3,
+                 lr_decay=0.5, hidden=64, res_hidden=32, prior_channels=64),
     # ImageNet 128 x 128 x 3 -> 32 x 32, K = 512. Widths, batch and rate from the authors' own
     # public notebook; the paper gives Adam 2e-4 and 250,000 steps for CIFAR-10 only.
-    "paper": dict(steps=250_000, prior_steps=250_000, batch_size=128, lr=2e-4, hidden=128,
+    "paper": dict(warmup_steps=1000, steps=250_000, prior_steps=250_000, batch_size=128, lr=2e-4, hidden=128,
                   res_hidden=32, size=128, prior_channels=256),
 }
 
@@ -175,7 +175,7 @@ def load_data(args):
     """--data: nothing, a folder of images, or an .npy / .npz file."""
     if args.data is None:
         images, labels, factors = demo_images(args.demo_images + args.demo_images // 10, args.seed,
-                                              args.size or 64)
+                                              args.size or 48)
         k = args.demo_images
         data = Data(images[:k], images[k:], labels[:k], labels[k:], SOLIDS)
         source = f"--size {args.size}"
@@ -315,6 +315,8 @@ def make_parser():
          "eq. 3, term 2 (default, the paper's experiments) or moving averages (A.1)")
     flag("--num-codes", type=positive(int), default=512, help="K (default and paper 512)")
     flag("--code-dim", type=positive(int), default=64, help="D (default 64; not in the paper)")
+    flag("--warmup-steps", type=positive(int), help="steps as a plain autoencoder, before the "
+         "codebook starts at its outputs (the paper has none)")
     flag("--beta", type=positive(float), default=0.25, help="weight of the commitment term "
          "(default and paper 0.25)")
     flag("--hidden", type=positive(int), help="channels of encoder and decoder (paper 256 for "
@@ -339,7 +341,8 @@ def main():
 
     Quantizer = {"loss": VectorQuantizer, "ema": VectorQuantizerEMA}[args.codebook]
     model = VQVAE(Quantizer(args.num_codes, args.code_dim, beta=args.beta), Gaussian(variance),
-                  hidden=args.hidden, res_hidden=args.res_hidden).to(run.device)
+                  hidden=args.hidden, res_hidden=args.res_hidden)
+    model = model.to(run.device, memory_format=torch.channels_last)    # as the data lie
     height, width = train.shape[2] // 4, train.shape[3] // 4
     prior = PixelCNN(args.num_codes, args.prior_channels, PixelCNN.layers_for(height, width),
                      num_classes=len(data.classes)).to(run.device)
@@ -348,6 +351,12 @@ def main():
             f"{train.shape[3]}, {height} x {width} codes each; {sum(p.numel() for p in model.parameters()):,}"
             f" weights in the VQ-VAE, {sum(p.numel() for p in prior.parameters()):,} in the prior")
 
+    # The codebook starts at encoder outputs; those of a random encoder are no good place. So the
+    # encoder and decoder learn for a moment without it.
+    model.quantizer.requires_grad_(False)
+    run.fit("autoencoder", model, lambda net, index: (net(train[index], quantize=False).loss, {}),
+            len(train), args.warmup_steps, args.batch_size, args.lr)
+    model.quantizer.requires_grad_(True)
     # Stage one: the VQ-VAE, with the prior "kept constant and uniform".
     run.fit("vqvae", model, lambda net, index: vqvae_loss(net, train[index], args), len(train),
             args.steps, args.batch_size, args.lr)

@@ -5,8 +5,9 @@ Read this file beside the paper, top to bottom:
     1. Quantisation       eqs. 1-3 (loss codebook), eqs. 4-8 (EMA codebook, appendix A.1)
     2. Encoder, decoder   sec. 4.1
     3. p(x|z)             the data term of eq. 3
-    4. The VQ-VAE         sec. 3
-    5. Running an experiment: training loop, checkpoints, several processes. No VQ-VAE in there.
+    4. The VQ-VAE         sec. 3; its likelihood in bits per dimension, sec. 3.2
+    5. VAE and VIMCO      what sec. 4.1 compares it with
+    6. Running an experiment: training loop, checkpoints, several processes. No VQ-VAE in there.
 
 The paper's symbols, used in every file:
 
@@ -36,6 +37,7 @@ import random
 import signal
 import sys
 import time
+from copy import deepcopy
 from pathlib import Path
 from typing import NamedTuple
 
@@ -340,6 +342,28 @@ class Gaussian:
         return ((out.float() + 0.5) * 255).round().clamp(0, 255).to(torch.uint8)
 
 
+class Categorical:
+    """p(x|z) = a softmax over the 256 intensities of every colour of every pixel.
+
+    What the authors used for the likelihoods of sec. 4.1 (they said so by e-mail; the paper does
+    not). A distribution over bytes: log p is comparable between models, and with 8 bits.
+    """
+
+    outputs = 256
+
+    def nll(self, out, x):
+        """-log p(x|z) in nats: out (B, 256 * C, H, W), uint8 x (B, C, H, W) -> (B,)."""
+        # The bytes themselves are the classes: rebuilt from scaled floats some would be off by 1.
+        logits = out.unflatten(1, (256, -1))           # (B, 256, C, H, W)
+        return F.cross_entropy(logits, x.long(), reduction="none").flatten(1).sum(1)
+
+    def image(self, out):
+        """The mean of p(x|z) as uint8 (B, C, H, W)."""
+        p = out.float().unflatten(1, (256, -1)).softmax(1)
+        levels = torch.arange(256, device=out.device, dtype=p.dtype)
+        return torch.einsum("bvchw,v->bchw", p, levels).round().to(torch.uint8)
+
+
 def to_unit(x):
     """uint8 0..255 -> float in [-0.5, 0.5], what every encoder gets."""
     return x.float().div(255).sub(0.5)
@@ -351,12 +375,13 @@ def to_unit(x):
 
 
 class Output(NamedTuple):
-    """What a model returns for a batch x."""
+    """What a model returns for a batch x. -log p(x) <= nll + rate, in nats."""
 
     loss: torch.Tensor   # scalar to minimise
-    nll: torch.Tensor    # (B,)  -log p(x|z), nats an example
+    nll: torch.Tensor    # (B,)  distortion: -log p(x|z)
+    rate: torch.Tensor   # (B,)  what z costs: the KL from the prior
     out: torch.Tensor    # (B, C * likelihood.outputs, H, W)  parameters of p(x|z)
-    codes: torch.Tensor  # (B, h, w) or (B, G, h, w) int64
+    codes: torch.Tensor  # (B, h, w) or (B, G, h, w) int64; None for continuous z
 
 
 class VQVAE(nn.Module):
@@ -381,16 +406,21 @@ class VQVAE(nn.Module):
         self.decoder = Decoder(latent, hidden, res_hidden, channels * likelihood.outputs, strides)
         self.likelihood = likelihood
 
-    def forward(self, x):
-        q = self.quantizer(self.encoder(to_unit(x)))
+    def forward(self, x, quantize=True):
+        """quantize=False leaves eqs. 1 and 2 out: the plain autoencoder of the warm-up."""
+        z_e = self.encoder(to_unit(x))
+        q = self.quantizer(z_e) if quantize else Quantized(z_e, None, 0.0)
         out = self.decoder(q.z_q)
         nll = self.likelihood.nll(out, x)              # eq. 3, term 1: decoder and encoder
-        # Eq. 3 sums its first term over the whole image and averages the others over the N
-        # latents. A sum over latents for all three would be eq. 3 for each latent; we divide
-        # that by N: a latent pays for its own pixels' log p(x|z) and its own distance to e_k,
-        # and the balance between the terms does not depend on the image's size.
-        latents = q.codes[0].numel()                   # N of one image
-        return Output(nll.mean() / latents + q.loss, nll, out, q.codes)
+        # Literally, eq. 3 sums its first term over all numbers of x and averages the others over
+        # the N latents, so the bigger the image, the less they would weigh. We average the first
+        # one too. On this scale the paper's beta = 0.25 and its range of 0.1 .. 2.0 hold.
+        loss = nll.mean() / x[0].numel() + q.loss
+        # Sec. 3.1: q(z|x) is one-hot and p(z) uniform, so the KL is log K for every latent:
+        # sum_k q log(q / p) = 1 * log(1 / (1/K)). A constant: no gradient, no place in the loss.
+        latents = z_e[0, 0].numel() * self.quantizer.num_codebooks     # N of one image
+        rate = torch.full_like(nll, latents * math.log(self.quantizer.num_codes))
+        return Output(loss, nll, rate, out, q.codes)
 
     @torch.no_grad()
     def encode(self, x):
@@ -402,9 +432,150 @@ class VQVAE(nn.Module):
         """codes -> uint8 images (B, C, H, W), the mean of p(x|z)."""
         return self.likelihood.image(self.decoder(self.quantizer.lookup(codes)))
 
+    def reconstruct(self, x):
+        return self.decode(self.encode(x))
+
+
+@torch.no_grad()
+def bits_per_dim(model, images, batch=100):
+    """-log2 p(x) per byte of x, an upper bound, over all of `images` (N, C, H, W) uint8.
+
+    Sec. 3.2 for the VQ-VAE: log p(x) = log sum_k p(x|z_k) p(z_k), and one term of a sum of
+    positive terms is less than the sum, so log p(x) >= log p(x|z_q(x)) p(z_q(x)). In nats
+    -log p(x) <= -log p(x|z_q) [distortion] + N log K [rate, uniform prior]; divided by the
+    number of bytes and by log 2 these are bits per dimension. A VAE's ELBO has the same two
+    parts, with the KL of its Gaussians as rate. Knowing nothing costs exactly 8.
+
+    Returns {"bits_per_dim", "rate", "distortion"}. The model must be in eval mode.
+    """
+    nll = rate = 0.0
+    for x in images.split(batch):                      # the last, smaller batch included
+        y = model(x)
+        nll, rate = nll + y.nll.double().sum().item(), rate + y.rate.double().sum().item()
+    scale = 1 / (images.numel() * math.log(2))
+    return {"bits_per_dim": (nll + rate) * scale, "rate": rate * scale, "distortion": nll * scale}
+
 
 # ---------------------------------------------------------------------------------------------
-# 5. Running an experiment. What train_image.py, train_audio.py and train_video.py share: flags,
+# 5. What sec. 4.1 compares with, "the same standard VAE architecture": VAE and VIMCO
+# ---------------------------------------------------------------------------------------------
+
+
+class VAE(nn.Module):
+    """Gaussian z with the reparametrisation trick (the paper's [23, 32]).
+
+    latents: continuous numbers at every position of the field, the counterpart of G codes.
+    """
+
+    def __init__(self, likelihood, latents=10, channels=3, hidden=256, res_hidden=256,
+                 strides=(2, 2)):
+        super().__init__()
+        self.encoder = Encoder(channels, hidden, res_hidden, 2 * latents, strides)
+        self.decoder = Decoder(latents, hidden, res_hidden, channels * likelihood.outputs, strides)
+        self.likelihood = likelihood
+
+    def forward(self, x):
+        mean, log_var = self.encoder(to_unit(x)).float().chunk(2, 1)   # (B, latents, h, w)
+        z = mean + (0.5 * log_var).exp() * torch.randn_like(mean)      # z ~ q(z|x)
+        out = self.decoder(z)
+        nll = self.likelihood.nll(out, x)
+        rate = gaussian_kl(mean, log_var).flatten(1).sum(1)
+        return Output((nll + rate).mean() / x[0].numel(), nll, rate, out, None)
+
+    @torch.no_grad()
+    def reconstruct(self, x):
+        return self.likelihood.image(self.decoder(self.encoder(to_unit(x)).chunk(2, 1)[0]))
+
+
+def gaussian_kl(mean, log_var):
+    """KL(N(mean, var) || N(0, 1)) of every number, in nats."""
+    return 0.5 * (mean.square() + log_var.exp() - 1 - log_var)
+
+
+class VIMCO(nn.Module):
+    """Discrete z learned by multi-sample score-function gradients (the paper's [28], Mnih and
+    Rezende 2016, "Variational inference for Monte Carlo objectives").
+
+    Args:
+        num_codes, num_codebooks, code_dim: as in the quantiser. The encoder outputs the logits
+            of q(z|x) for every latent; the decoder gets a learned vector for every drawn code.
+        samples: S of the bound; "we use 50 samples". The decoder runs S times.
+        latent: "categorical" with uniform p(z), or "gaussian" with p(z) = N(0, 1) (code_dim
+            and num_codes then mean nothing). The paper tried both.
+    """
+
+    def __init__(self, likelihood, num_codes=512, num_codebooks=10, code_dim=64, samples=50,
+                 latent="categorical", channels=3, hidden=256, res_hidden=256, strides=(2, 2)):
+        super().__init__()
+        G, K = num_codebooks, num_codes
+        self.samples, self.num_codes, self.num_codebooks, self.latent = samples, K, G, latent
+        discrete = latent == "categorical"
+        self.encoder = Encoder(channels, hidden, res_hidden, G * (K if discrete else 2), strides)
+        self.embed = nn.Embedding(G * K, code_dim) if discrete else None   # as VectorQuantizer
+        self.decoder = Decoder(G * (code_dim if discrete else 1), hidden, res_hidden,
+                               channels * likelihood.outputs, strides)
+        self.likelihood = likelihood
+
+    def posterior(self, x):
+        """q(z|x) and p(z), distributions over (B, G, h, w)."""
+        h = self.encoder(to_unit(x)).float().unflatten(1, (self.num_codebooks, -1)).movedim(2, -1)
+        if self.latent == "gaussian":
+            mean, log_var = h.unbind(-1)
+            return (torch.distributions.Normal(mean, (0.5 * log_var).exp()),
+                    torch.distributions.Normal(torch.zeros_like(mean), torch.ones_like(mean)))
+        return (torch.distributions.Categorical(logits=h),             # h (B, G, h, w, K)
+                torch.distributions.Categorical(logits=torch.zeros_like(h)))
+
+    def decoder_input(self, z):
+        """z (M, G, h, w) -> (M, channels, h, w)."""
+        if self.latent == "gaussian":
+            return z
+        first = torch.arange(self.num_codebooks, device=z.device).view(-1, 1, 1) * self.num_codes
+        return self.embed(z + first).movedim(-1, 2).flatten(1, 2)
+
+    def forward(self, x):
+        q, p = self.posterior(x)
+        z = q.sample((self.samples,))                                  # (S, B, G, h, w)
+        log_q = q.log_prob(z).flatten(2).sum(2)                        # (S, B)
+        log_p = p.log_prob(z).flatten(2).sum(2)
+        out = self.decoder(self.decoder_input(z.flatten(0, 1)))
+        nll = self.likelihood.nll(out, x.repeat(self.samples, 1, 1, 1)).view_as(log_q)
+        bound, surrogate = vimco(log_p - nll - log_q, log_q)
+        # A multi-sample bound has no rate of its own. We show the KL, and the rest as distortion.
+        rate = torch.distributions.kl_divergence(q, p).flatten(1).sum(1).detach()
+        codes = z[0] if self.latent == "categorical" else None
+        return Output(-surrogate.mean() / x[0].numel(), -bound.detach() - rate, rate,
+                      out[:len(x)], codes)
+
+    @torch.no_grad()
+    def reconstruct(self, x):
+        q, _ = self.posterior(x)
+        z = q.mean if self.latent == "gaussian" else q.logits.argmax(-1)
+        return self.likelihood.image(self.decoder(self.decoder_input(z)))
+
+
+def vimco(log_f, log_q):
+    """The multi-sample bound and a scalar whose gradient is VIMCO's estimate of the bound's.
+
+    log_f, log_q (S, B): log p(x, z_s) - log q(z_s|x), and log q(z_s|x), for S >= 2 samples.
+    Returns bound (B,), L = log 1/S sum_s f_s <= log p(x) in expectation, and surrogate (B,).
+
+    grad E[L] = E[ sum_s (L - L_-s) grad log q(z_s|x) + grad L ], the last with z_s held fixed.
+    L_-s is L without what z_s contributed, f_s being replaced by the geometric mean of the
+    others: it does not depend on z_s, so it changes the variance and not the mean, and each
+    sample is paid for what it alone has brought.
+    """
+    S = len(log_f)
+    bound = log_f.logsumexp(0) - math.log(S)
+    others = (log_f.sum(0) - log_f) / (S - 1)          # (S, B)  log of that geometric mean
+    own = torch.eye(S, dtype=torch.bool, device=log_f.device).unsqueeze(2)
+    without = torch.where(own, others.unsqueeze(1), log_f.unsqueeze(0))    # (S, S, B)
+    signal = bound - (without.logsumexp(1) - math.log(S))                  # (S, B)
+    return bound, bound + (signal.detach() * log_q).sum(0)
+
+
+# ---------------------------------------------------------------------------------------------
+# 6. Running an experiment. What train_image.py, train_audio.py and train_video.py share: flags,
 #    the training loop, checkpoints, several processes. The paper ends above this line.
 # ---------------------------------------------------------------------------------------------
 
@@ -539,7 +710,7 @@ class Run:
                 index = index[self.rank * share:(self.rank + 1) * share].to(self.device)
                 torch.manual_seed(mix(self.args.seed, stage, step, self.rank))  # noise in models
                 for group in optimizer.param_groups:
-                    group["lr"] = lr * decayed(step, steps, self.args.lr_decay)
+                    group["lr"] = lr * schedule(step, steps, self.args.lr_decay)
                 with torch.autocast(self.device.type, torch.bfloat16,
                                     enabled=self.args.precision == "bf16"):
                     value, stats = loss(net, index)
@@ -569,8 +740,9 @@ class Run:
                 sums, since = {}, 0
                 self.progress(row, steps, (done - first) / (time.time() - begun))
                 if done == steps or interrupt.asked or time.time() - saved_at > 60:
-                    self.stages[stage] = {"model": model.state_dict(), "step": done,
-                                          "optimizer": optimizer.state_dict()}
+                    self.stages[stage] = deepcopy({  # state_dict() alone follows the training
+                        "model": model.state_dict(), "step": done,
+                        "optimizer": optimizer.state_dict()})
                     self.save()
                     saved_at = time.time()
                 if interrupt.asked:
@@ -723,9 +895,16 @@ def mix(*parts):
     return random.Random(repr(parts)).getrandbits(32)
 
 
-def decayed(step, steps, last):
-    """Factor on the learning rate: 1, then a straight line to zero over the `last` part."""
-    return min(1.0, (steps - step) / (last * steps)) if last > 0 else 1.0
+def schedule(step, steps, decay):
+    """Factor on the learning rate: a line up over the first 100 steps, or the first quarter of a
+    short run, then 1, then a line down to zero over the last part, `decay`.
+
+    Adam's first steps are as long as its later ones however unsure it is; without the way up they
+    carry the encoder's outputs away from a codebook just started there, and codes die.
+    """
+    up = (step + 1) / min(100, 1 + steps // 4)
+    down = (steps - step) / (decay * steps) if decay > 0 else 1.0
+    return min(1.0, up, down)
 
 
 def command():

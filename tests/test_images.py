@@ -16,8 +16,8 @@ from test_run import python, same, stopped
 from train_image import bits_per_code, demo_images, encode_all, measure
 from vqvae import VQVAE, Gaussian, VectorQuantizer
 
-TINY = ("--steps 4 --prior-steps 3 --hidden 8 --res-hidden 8 --prior-channels 8 --num-codes 16 "
-        "--code-dim 8 --batch-size 8 --demo-images 60 --device cpu").split()
+TINY = ("--warmup-steps 1 --steps 4 --prior-steps 3 --hidden 8 --res-hidden 8 --prior-channels 8 "
+        "--num-codes 16 --code-dim 8 --batch-size 8 --demo-images 60 --device cpu").split()
 
 
 def noise(*shape):
@@ -357,18 +357,23 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     np.save(folder / "a.npy", demo_images(60, 0, 16)[0])
     flags = ["--data", folder / "a.npy", "--codebook", "ema", "--lr-decay", "0.5", *TINY]
+    models = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["train_image.py", *map(str, flags), "--out",
                                     str(folder / "whole")])
+        patch.setattr(train_image, "VQVAE", lambda *args, **kwargs: models.append(
+            VQVAE(*args, **kwargs)) or models[-1])
         train_image.main()
+    torch.save(models[0].state_dict(), folder / "model after the run.pt")
     shutil.copy(folder / "whole" / "checkpoint.pt", folder / "0.pt")
-    for n, begin, at in ((1, flags, 2), (2, ["--resume"], 4), (3, ["--resume"], 0)):
+    for n, begin, at in ((1, flags, 3), (2, ["--resume"], 4), (3, ["--resume"], 0)):
         done = python("-c", SIGNAL_AT, *begin, "--out", folder / "parts", at, cwd=folder)
         assert done.returncode == (130 if at else 0), done.stderr
         shutil.copy(folder / "parts" / "checkpoint.pt", folder / f"{n}.pt")
     steps = [{stage: saved["step"] for stage, saved in checkpoint(folder / f"{n}.pt")[
         "stages"].items()} for n in (1, 2)]
-    assert steps == [{"vqvae": 2}, {"vqvae": 4, "prior": 2}], "stopped elsewhere than planned"
+    assert steps == [{"autoencoder": 1, "vqvae": 2}, {"autoencoder": 1, "vqvae": 4, "prior": 2}], (
+        "stopped elsewhere than planned")
     return folder
 
 
@@ -397,8 +402,9 @@ def test_resumed_pictures_equal_uninterrupted(runs, name):
 
 
 def test_stage_one_is_frozen_while_the_prior_is_fitted(runs):
-    during, after = (checkpoint(runs / f"{n}.pt")["stages"]["vqvae"]["model"] for n in (2, 0))
-    changed = [k for k in during if not same(during[k], after[k])]
+    before = checkpoint(runs / "0.pt")["stages"]["vqvae"]["model"]
+    after = checkpoint(runs / "model after the run.pt")
+    changed = [k for k in before if not same(before[k], after[k])]
     assert not changed, (
         f"{changed[:3]} moved while the prior was fitted: its codes no longer mean what they did "
         "(sec. 3.3: the prior is fitted after training)")

@@ -24,7 +24,7 @@ def influence(cnn, height, width, labels=None, cond=None):
     for n in range(height * width):
         score = logits[0, :, n // width, n % width] @ mix
         grad, = torch.autograd.grad(score, kept[0], retain_graph=True)
-        seen[n] = grad.abs().sum(3).flatten() > 0      # (1, H, W, C) -> (H*W)
+        seen[n] = grad.abs().sum((3, 4)).flatten() > 0  # (1, H, W, 1, C) -> (H*W)
     return seen
 
 
@@ -201,3 +201,34 @@ def test_cached_sampler_is_at_least_5_times_as_fast_as_naive():
     assert statistics.median(ratios) >= 5, (
         f"sample is {statistics.median(ratios):.1f} times as fast as the whole network for every "
         "code: compute every activation once")
+
+
+# -- several codes at a position (8 x 8 x 10) -------------------------------------------------------
+
+
+def test_slices_of_a_position_see_those_before_them_only():
+    cnn = PixelCNN(4, 8, 2, num_codebooks=3).double()
+    codes = torch.randint(4, (1, 3, 3, 4))
+    before = cnn(codes)
+    for g in range(3):
+        other = codes.clone()
+        other[0, g, 1, 2] = (other[0, g, 1, 2] + 1) % 4
+        changed = (cnn(other) - before).abs().amax((0, 1)) > 1e-12     # (G, H, W)
+        order = torch.arange(3 * 4).view(3, 4)
+        for k in range(3):
+            later = (order > order[1, 2]) | ((order == order[1, 2]) & (k > g))
+            assert not changed[k][~later].any(), (
+                f"a change of slice {g} reached logits of slice {k} that come before it")
+            assert changed[k][1, 3] and changed[k][1, 2] == (k > g), (
+                f"slice {k} does not see slice {g}, which comes before it")
+
+
+def test_cached_sampler_equals_naive_for_several_codebooks():
+    torch.manual_seed(0)
+    cnn = PixelCNN(6, 8, 2, num_codebooks=3, num_classes=2).double()
+    for p in cnn.parameters():
+        p.data.mul_(3)                                 # far from uniform
+    kwargs = dict(labels=torch.tensor([0, 1]))
+    fast, naive = (sample(2, 3, 4, generator=torch.Generator().manual_seed(5), **kwargs)
+                   for sample in (cnn.sample, cnn.sample_naive))
+    assert fast.shape == (2, 3, 3, 4) and torch.equal(fast, naive)
