@@ -28,12 +28,12 @@ from vqvae import (VQVAE, Gaussian, Parser, Run, VectorQuantizer, VectorQuantize
 
 PRESETS = {
     # 48 x 48 x 3 -> 12 x 12 codes of 9 bits: the 42.6-fold compression of sec. 4.2, for a laptop.
-    "demo": dict(warmup_steps=150, steps=600, prior_steps=700, batch_size=32, lr=1e-3,
-                 lr_decay=0.5, hidden=64, res_hidden=32, prior_channels=64),
+    "demo": dict(warmup_steps=150, steps=800, prior_steps=700, batch_size=32, lr=1e-3,
+                 prior_lr=3e-3, lr_decay=0.5, hidden=64, res_hidden=32, prior_channels=64),
     # ImageNet 128 x 128 x 3 -> 32 x 32, K = 512. Widths, batch and rate from the authors' own
     # public notebook; the paper gives Adam 2e-4 and 250,000 steps for CIFAR-10 only.
-    "paper": dict(warmup_steps=1000, steps=250_000, prior_steps=250_000, batch_size=128, lr=2e-4, hidden=128,
-                  res_hidden=32, size=128, prior_channels=256),
+    "paper": dict(warmup_steps=1000, steps=250_000, prior_steps=250_000, batch_size=128, lr=2e-4,
+                  prior_lr=2e-4, hidden=128, res_hidden=32, size=128, prior_channels=256),
 }
 
 # ---------------------------------------------------------------------------------------------
@@ -322,9 +322,12 @@ def make_parser():
     flag("--hidden", type=positive(int), help="channels of encoder and decoder (paper 256 for "
          "CIFAR-10)")
     flag("--res-hidden", type=positive(int), help="channels inside a residual block")
+    flag("--prior-lr", type=positive(float), help="Adam's learning rate for the prior")
     flag("--prior-channels", type=positive(int), help="channels of the PixelCNN")
     flag("--size", type=positive(int), help="crop all images to squares and scale them to "
          "SIZE x SIZE")
+    flag("--classifier-steps", type=positive(int), default=800, help="training steps of the "
+         "classifier that judges samples, where there are classes (default %(default)s)")
     flag("--demo-images", type=positive(int), default=4000, help="training images of the demo")
     return parser
 
@@ -371,12 +374,12 @@ def main():
     test_labels = None if data.test_labels is None else data.test_labels.to(run.device)
     run.fit("prior", prior, lambda net, index: prior_loss(net, codes[index],
                                                           None if labels is None else labels[index]),
-            len(codes), args.prior_steps, args.batch_size, args.lr)
+            len(codes), args.prior_steps, args.batch_size, args.prior_lr)
     metrics["prior_bits_per_code"] = bits_per_code(prior, test_codes, test_labels)
     if classifier:
         run.fit("classifier", classifier, lambda net, index: (
-            F.cross_entropy(net(train[index]), labels[index]), {}), len(train), 400,
-            args.batch_size, 1e-3)
+            F.cross_entropy(net(train[index]), labels[index]), {}), len(train),
+            args.classifier_steps, args.batch_size, 2e-3)
     if run.rank == 0:
         report(run, model, prior, classifier, test, test_labels, data, metrics, (height, width))
 
