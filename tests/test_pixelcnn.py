@@ -203,7 +203,7 @@ def test_cached_sampler_is_at_least_5_times_as_fast_as_naive():
         "code: compute every activation once")
 
 
-# -- several codes at a position (8 x 8 x 10) -------------------------------------------------------
+# -- several codes at a position (8 x 8 x 10) ---------------------------------------------------
 
 
 def test_slices_of_a_position_see_those_before_them_only():
