@@ -33,7 +33,8 @@ def write_images(folder, images, ending="png"):
 
 
 def load(path, *flags):
-    return train_image.load_data(train_image.make_parser().parse_args(["--data", str(path), *flags]))
+    args = train_image.make_parser().parse_args(["--data", str(path), *flags])
+    return train_image.load_data(args)
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def main(monkeypatch, tmp_path):
     return call
 
 
-# -- demo data --------------------------------------------------------------------------------------
+# -- demo data ----------------------------------------------------------------------------------
 
 
 def test_demo_images_are_a_function_of_the_seed():
@@ -74,7 +75,7 @@ def test_demo_label_decides_what_stands_in_the_room():
             assert (np.abs(one - two).max(-1) > 40).mean() > 0.01
 
 
-# -- own data ---------------------------------------------------------------------------------------
+# -- own data -----------------------------------------------------------------------------------
 
 
 def test_npy_bytes_arrive_as_they_are_and_every_tenth_is_held_out(tmp_path):
@@ -154,7 +155,7 @@ def test_every_kind_of_image_becomes_rgb(tmp_path, mode):
     assert (load(tmp_path / "d").train == 90).all()
 
 
-# -- bad data ---------------------------------------------------------------------------------------
+# -- bad data -----------------------------------------------------------------------------------
 
 
 def array(name, **arrays):
@@ -217,7 +218,7 @@ BAD = {
     "no channels": (array("a.npy", images=FINE[..., 0]), ["a.npy", "(20, 8, 8)"]),
     "channels first": (array("a.npy", images=FINE.transpose(0, 3, 1, 2)), ["(20, 3, 8, 8)"]),
     "array too small": (array("a.npy", images=FINE[:3]), ["a.npy", "3 images"]),
-    "no images": (array("a.npz", images=FINE[:0], labels=np.zeros(0, int)), ["a.npz", "(0, 8, 8, 3)"]),
+    "no images": (array("a.npz", images=FINE[:0], labels=np.zeros(0, int)), ["(0, 8, 8, 3)"]),
     "objects": (array("a.npy", images=np.array([{}, None])), ["a.npy"]),
     "two arrays": (array("a.npz", a=FINE, b=FINE), ["a.npz", "a uint8", "b uint8"]),
     "short labels": (array("a.npz", images=FINE, labels=np.arange(4)), ["labels", "(4,)", "(20,)"]),
@@ -261,7 +262,7 @@ def test_bad_flag_of_this_script_is_named(main, capsys, flags):
     assert flags[0] in stopped(capsys, main, *flags)
 
 
-# -- the numbers ------------------------------------------------------------------------------------
+# -- the numbers --------------------------------------------------------------------------------
 
 
 class Args:
@@ -270,7 +271,7 @@ class Args:
 
 @pytest.fixture
 def small():
-    model = VQVAE(VectorQuantizer(16, 4, data_init=False), Gaussian(), hidden=8, res_hidden=8).eval()
+    model = VQVAE(VectorQuantizer(16, 4), Gaussian(), hidden=8, res_hidden=8).eval()
     images = torch.from_numpy(noise(7, 8, 12, 3)).permute(0, 3, 1, 2)
     with torch.no_grad():                              # codes that all get used
         z_e = model.quantizer.to_vectors(model.encoder(images.float() / 255 - 0.5))[0]
@@ -334,7 +335,7 @@ def test_prior_bits_are_the_mean_over_all_test_codes():
     assert bits_per_code(prior, codes, labels, batch=2) == pytest.approx(np.mean(bits), rel=1e-5)
 
 
-# -- the whole run ----------------------------------------------------------------------------------
+# -- the whole run ------------------------------------------------------------------------------
 
 SIGNAL_AT = """
 import os, signal, sys, torch, train_image
@@ -353,23 +354,28 @@ train_image.main()
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """One run as it is, and one stopped by Ctrl-C in stage one and in the prior, then ended."""
+    """One run as it is, in this process: whole/ and 0.pt. One stopped by Ctrl-C in stage one (1.pt)
+    and in the prior (2.pt) and then ended (3.pt), a process each: parts/."""
     folder = tmp_path_factory.mktemp("runs")
     np.save(folder / "a.npy", demo_images(60, 0, 16)[0])
-    flags = ["--data", folder / "a.npy", "--codebook", "ema", "--lr-decay", "0.5", *TINY, "--out"]
-    calls = [(flags, "whole", 0), (flags, "parts", 3), (["--resume", "--out"], "parts", 4),
-             (["--resume", "--out"], "parts", 0)]
-    codes = []
-    for n, (flags, name, at) in enumerate(calls):      # at: Ctrl-C in that training step
-        done = python("-c", SIGNAL_AT, *flags, folder / name, at, cwd=folder)
-        codes.append(done.returncode)
-        assert done.returncode in (0, 130), done.stderr
-        shutil.copy(folder / name / "checkpoint.pt", folder / f"{n}.pt")
-    steps = [{k: v["step"] for k, v in torch.load(folder / f"{n}.pt", weights_only=True)[
-        "stages"].items()} for n in range(4)]
-    assert codes == [0, 130, 130, 0]
-    assert steps[1:3] == [{"autoencoder": 1, "vqvae": 2}, {
-        "autoencoder": 1, "vqvae": 4, "prior": 2}], "stopped elsewhere than planned"
+    flags = ["--data", folder / "a.npy", "--codebook", "ema", "--lr-decay", "0.5", *TINY]
+    models = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train_image.py", *map(str, flags), "--out",
+                                    str(folder / "whole")])
+        patch.setattr(train_image, "VQVAE", lambda *args, **kwargs: models.append(
+            VQVAE(*args, **kwargs)) or models[-1])
+        train_image.main()
+    torch.save(models[0].state_dict(), folder / "model after the run.pt")
+    shutil.copy(folder / "whole" / "checkpoint.pt", folder / "0.pt")
+    for n, begin, at in ((1, flags, 3), (2, ["--resume"], 4), (3, ["--resume"], 0)):
+        done = python("-c", SIGNAL_AT, *begin, "--out", folder / "parts", at, cwd=folder)
+        assert done.returncode == (130 if at else 0), done.stderr
+        shutil.copy(folder / "parts" / "checkpoint.pt", folder / f"{n}.pt")
+    steps = [{stage: saved["step"] for stage, saved in checkpoint(folder / f"{n}.pt")[
+        "stages"].items()} for n in (1, 2)]
+    assert steps == [{"autoencoder": 1, "vqvae": 2}, {"autoencoder": 1, "vqvae": 4, "prior": 2}], (
+        "stopped elsewhere than planned")
     return folder
 
 
@@ -384,7 +390,8 @@ def test_resumed_weights_and_optimiser_equal_uninterrupted_bit_for_bit(runs):
 
 
 def test_resumed_numbers_equal_uninterrupted(runs):
-    one, two = (json.loads((runs / name / "metrics.json").read_text()) for name in ("whole", "parts"))
+    one, two = (json.loads((runs / folder / "metrics.json").read_text())
+                for folder in ("whole", "parts"))
     assert {**one, "seconds": 0} == {**two, "seconds": 0}
     logs = [[{**row, "seconds": 0} for row in checkpoint(runs / f"{n}.pt")["log"]] for n in (0, 3)]
     assert logs[0] == logs[1]
@@ -397,8 +404,9 @@ def test_resumed_pictures_equal_uninterrupted(runs, name):
 
 
 def test_stage_one_is_frozen_while_the_prior_is_fitted(runs):
-    during, after = (checkpoint(runs / f"{n}.pt")["stages"]["vqvae"]["model"] for n in (2, 0))
-    changed = [k for k in during if not same(during[k], after[k])]
+    before = checkpoint(runs / "0.pt")["stages"]["vqvae"]["model"]
+    after = checkpoint(runs / "model after the run.pt")
+    changed = [k for k in before if not same(before[k], after[k])]
     assert not changed, (
         f"{changed[:3]} moved while the prior was fitted: its codes no longer mean what they did "
         "(sec. 3.3: the prior is fitted after training)")

@@ -24,7 +24,7 @@ def images(count=3, height=16, width=8):
     return torch.randint(256, (count, 3, height, width), dtype=torch.uint8)
 
 
-# -- residual blocks ------------------------------------------------------------------------------
+# -- residual blocks ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ndim", [1, 2])
@@ -46,7 +46,7 @@ def test_residual_blocks_own_their_weights(network):
     assert not shared, "[block] * 2 is one block applied twice: build each block by itself"
 
 
-# -- sec. 4.1 -------------------------------------------------------------------------------------
+# -- sec. 4.1 -----------------------------------------------------------------------------------
 
 
 def kernels(network, kind):
@@ -79,7 +79,7 @@ def test_encoder_output_can_be_negative_and_large():
     assert z_e.min() < 0 < z_e.max(), "nothing may clip z_e: no activation after the last layer"
 
 
-# -- p(x|z) ---------------------------------------------------------------------------------------
+# -- p(x|z) -------------------------------------------------------------------------------------
 
 
 def test_every_byte_survives_the_way_to_floats_and_back():
@@ -109,7 +109,7 @@ def test_a_model_that_outputs_the_mean_image_scores_1_a_dimension():
     assert (nll.mean() / x[0].numel()).item() == pytest.approx(1, rel=1e-4)
 
 
-# -- the VQ-VAE -----------------------------------------------------------------------------------
+# -- the VQ-VAE ---------------------------------------------------------------------------------
 
 
 @BOTH

@@ -39,7 +39,7 @@ def missing(wrong, width):
     return f"logits at {divmod(n, width)} and the code at {divmod(m, width)}"
 
 
-# -- what it sees -----------------------------------------------------------------------------------
+# -- what it sees -------------------------------------------------------------------------------
 
 
 @GRIDS
@@ -68,7 +68,7 @@ def test_layers_for_asks_for_no_layer_too_many(height, width):
     assert blind.any(), "one layer less would see the whole grid too: layers_for wastes layers"
 
 
-# -- what it is told --------------------------------------------------------------------------------
+# -- what it is told ----------------------------------------------------------------------------
 
 
 def test_label_changes_the_distribution_of_every_code():
@@ -111,7 +111,7 @@ def test_missing_or_surplus_conditioning_is_a_value_error(made, called, word):
         cnn.sample(1, 3, 3, **called)
 
 
-# -- drawing ----------------------------------------------------------------------------------------
+# -- drawing ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
@@ -131,7 +131,7 @@ def test_temperature_zero_is_the_argmax():
         "at temperature 0 every code must be the likeliest one, given those before it")
 
 
-# -- the cached sampler -----------------------------------------------------------------------------
+# -- the cached sampler -------------------------------------------------------------------------
 
 CONDITIONS = {"alone": (0, None), "labels": (3, None), "maps": (0, "map"),
               "constant maps": (0, "constant"), "labels and maps": (3, "map")}
@@ -203,7 +203,7 @@ def test_cached_sampler_is_at_least_5_times_as_fast_as_naive():
         "code: compute every activation once")
 
 
-# -- several codes at a position (8 x 8 x 10) -------------------------------------------------------
+# -- several codes at a position (8 x 8 x 10) ---------------------------------------------------
 
 
 def test_slices_of_a_position_see_those_before_them_only():

@@ -43,7 +43,7 @@ def vectors(z_e, G=1):
 def brute_force(z_e, codebook, G=1):
     """Eq. 1 by trying every code for every vector: (G, N)."""
     books = codebook.detach().cpu().numpy().reshape(G, -1, z_e.shape[1] // G)
-    return np.array([[min(range(len(book)), key=lambda j: np.sum((z - book[j]) ** 2)) for z in part]
+    return np.array([[((z - book) ** 2).sum(1).argmin() for z in part]
                      for part, book in zip(vectors(z_e, G), books)])
 
 
@@ -61,7 +61,7 @@ def chosen(vq, z_e):
     return z, k, np.array([book[row] for book, row in zip(books, k)])
 
 
-# -- eqs. 1 and 2 -----------------------------------------------------------------------------
+# -- eqs. 1 and 2 -------------------------------------------------------------------------------
 
 
 @BOTH
@@ -159,7 +159,7 @@ def test_reconstruction_gradient_never_reaches_the_codebook():
         "detach e_k before it goes to the decoder")
 
 
-# -- eq. 3 ----------------------------------------------------------------------------------------
+# -- eq. 3 --------------------------------------------------------------------------------------
 
 
 @FIELDS
@@ -208,12 +208,12 @@ def test_loss_is_an_average_over_the_latents(kind, weight):
     vq, z_e = quantizer(kind, G=3, beta=0.7), latents((3, 4), G=3)
     z, _, e = chosen(vq, z_e)
     distance = ((z - e) ** 2).sum(-1).mean()           # ||.||^2 of each latent, averaged
-    assert vq(z_e).loss.item() == pytest.approx(weight * distance), (
+    assert vq(z_e).loss.item() == pytest.approx(weight * distance, rel=1e-12), (
         "eq. 3: squared norms (sums over D), averaged over the N latents; terms 2 + 3 with the "
         "loss codebook, term 3 alone with the EMA codebook")
 
 
-# -- eqs. 6-8 -------------------------------------------------------------------------------------
+# -- eqs. 6-8 -----------------------------------------------------------------------------------
 
 
 @CODEBOOKS
@@ -277,7 +277,7 @@ def test_eval_mode_changes_nothing(kind):
         assert vq.seeded == seeded, "a codebook must be seeded by training batches only"
 
 
-# -- where the codebook starts ----------------------------------------------------------------------
+# -- where the codebook starts ------------------------------------------------------------------
 
 
 @BOTH
@@ -323,7 +323,7 @@ def test_fewer_vectors_than_codes_still_give_different_codes(N):
     for book in vq.codebook.detach().view(2, 16, 3):
         assert book.isfinite().all()
         assert len(book.unique(dim=0)) == 16, (
-            "two equal codes tie for ever: with fewer vectors than codes, shift the copies a little")
+            "two equal codes tie for ever: if vectors are fewer than codes, shift the copies a bit")
 
 
 @BOTH
@@ -362,7 +362,7 @@ def test_state_dict_round_trip(kind):
         assert same, f"{name} differs after one more batch: it did not come through the state dict"
 
 
-# -- precision --------------------------------------------------------------------------------------
+# -- precision ----------------------------------------------------------------------------------
 
 
 @BOTH
@@ -396,7 +396,7 @@ def test_bf16_latents_keep_their_dtype_and_a_float32_loss():
     assert np.array_equal(flat(q.codes), brute_force(z_e.double(), vq.codebook.double()))
 
 
-# -- code usage -------------------------------------------------------------------------------------
+# -- code usage ---------------------------------------------------------------------------------
 
 
 @CODEBOOKS
@@ -415,7 +415,7 @@ def test_perplexity_is_the_number_of_codes_in_equal_use():
         np.exp(-(p * np.log(p)).sum())), "perplexity is exp(entropy), with the entropy in nats"
 
 
-# -- cost -------------------------------------------------------------------------------------------
+# -- cost ---------------------------------------------------------------------------------------
 
 
 def one_hot_quantizer(z_e, codebook, count=None, total=None, gamma=0.99, beta=0.25):
