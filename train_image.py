@@ -4,15 +4,25 @@
     python train_image.py --data photos/ --size 128 --preset paper       own images, on a GPU
     python train_image.py --resume                 go on with runs/image, as if never stopped
     torchrun --nproc_per_node=2 train_image.py     the same run over several processes
+    python train_image.py --preset cifar10-small --model vae    bits/dim, sec. 4.1: also vqvae,
+                                                                vimco; --preset cifar10, on a GPU
 
 Stage one trains the VQ-VAE under a uniform prior. Then it is frozen, every image is encoded
 once, and a PixelCNN learns the distribution of the codes; codes drawn from it are decoded to
 images. --out (runs/image) receives reconstructions.png, samples.png, codes.png, curves.png,
 metrics.json, log.csv, config.json and checkpoint.pt; README explains every number.
+
+With --likelihood categorical metrics.json has bits per dimension, over the whole test set. The
+two models that sec. 4.1 compares with, --model vae and vimco, have stage one only.
 """
 
+import hashlib
 import json
 import math
+import shutil
+import tarfile
+import tempfile
+import urllib.request
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,8 +33,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from prior import PixelCNN
-from vqvae import (VQVAE, Gaussian, Parser, Run, VectorQuantizer, VectorQuantizerEMA,
-                   count_codes, perplexity, positive, stop, to_unit)
+from vqvae import (VAE, VIMCO, VQVAE, Categorical, Gaussian, Parser, Run, VectorQuantizer,
+                   VectorQuantizerEMA, bits_per_dim, count_codes, map_gap, perplexity, positive,
+                   stop, to_unit)
 
 PRESETS = {
     # 48 x 48 x 3 -> 12 x 12 codes of 9 bits: the 42.6-fold compression of sec. 4.2, for a laptop.
@@ -34,7 +45,27 @@ PRESETS = {
     # public notebook; the paper gives Adam 2e-4 and 250,000 steps for CIFAR-10 only.
     "paper": dict(warmup_steps=1000, steps=250_000, prior_steps=250_000, batch_size=128, lr=2e-4, hidden=128,
                   res_hidden=32, size=128, prior_channels=256),
+    # Sec. 4.1: 256 units, Adam 2e-4, batch 128, 250,000 steps, beta 0.25, 8 x 8 x 10 latents, loss
+    # codebook, VIMCO with 50 samples; K and D are not public. The rate, 640 log2 K / 3072, is 1.04
+    # bits/dim at K = 32, 1.46 at 128, 1.88 at 512. More rate pays while a bit of it takes more
+    # than a bit off the distortion. The best public figure, 4.82 (bshall/VectorQuantizedVAE, 8
+    # codebooks of 128), is 1.17 + 3.65: from there K = 512 arrives at the paper's 4.67 if every
+    # bit of rate buys 1.2 of distortion. So 512, the K of all the paper's other images; try 128.
+    # D = 32: the decoder gets 320 numbers a position, hardly fewer than it can tell apart.
+    "cifar10": dict(data="cifar10", likelihood="categorical", num_codebooks=10, num_codes=512,
+                    code_dim=32, warmup_steps=1000, steps=250_000, prior_steps=50_000,
+                    batch_size=128, lr=2e-4, hidden=256, res_hidden=256, prior_channels=128),
+    # The same on a laptop, to see the ordering begin: narrow, few steps, few samples. K = 32, as
+    # the rate is paid from the first step on, and what it buys comes late.
+    "cifar10-small": dict(data="cifar10", likelihood="categorical", num_codebooks=10, num_codes=32,
+                          code_dim=16, warmup_steps=50, steps=300, prior_steps=200, batch_size=16,
+                          lr=1e-3, lr_decay=0.5, hidden=32, res_hidden=32, prior_channels=32,
+                          samples=4),
 }
+
+CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"       # as published on that site
+CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 
 # ---------------------------------------------------------------------------------------------
 # Demo data: one solid in a coloured room, seen from slightly above
@@ -172,13 +203,15 @@ class Data:
 
 
 def load_data(args):
-    """--data: nothing, a folder of images, or an .npy / .npz file."""
+    """--data: nothing, "cifar10", a folder of images, or an .npy / .npz file."""
     if args.data is None:
         images, labels, factors = demo_images(args.demo_images + args.demo_images // 10, args.seed,
                                               args.size or 48)
         k = args.demo_images
         data = Data(images[:k], images[k:], labels[:k], labels[k:], SOLIDS)
         source = f"--size {args.size}"
+    elif args.data == "cifar10":
+        data, source = load_cifar10(Path(args.data_dir)), "--data cifar10"
     else:
         path = Path(args.data)
         if not path.exists():
@@ -191,6 +224,56 @@ def load_data(args):
         stop(f"{source}: images of {height} x {width}; both sides must be multiples of "
              f"{factor}, the product of the encoder's strides (--size S crops and scales)")
     return data
+
+
+def load_cifar10(folder):
+    """The binary version of CIFAR-10: extracted or packed in `folder`, or else downloaded."""
+    extracted, packed = folder / "cifar-10-batches-bin", folder / "cifar-10-binary.tar.gz"
+    try:
+        if not extracted.is_dir():
+            if not packed.exists():
+                print(f"downloading {CIFAR10_URL} to {packed} (170 MB)", flush=True)
+                folder.mkdir(parents=True, exist_ok=True)
+            # Under its own name appears only what is whole, here and on the disk.
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                if not packed.exists():
+                    part = Path(scratch) / packed.name
+                    with urllib.request.urlopen(CIFAR10_URL, timeout=60) as r, open(part, "wb") as f:
+                        shutil.copyfileobj(r, f)
+                    check_md5(part)
+                    part.replace(packed)
+                check_md5(packed)
+                with tarfile.open(packed) as archive:
+                    archive.extractall(scratch, filter="data")         # nothing outside scratch
+                (Path(scratch) / extracted.name).rename(extracted)
+    except (OSError, tarfile.TarError) as e:
+        stop(f"--data cifar10: {packed} is not there, or not usable ({' '.join(str(e).split())}): "
+             f"put {CIFAR10_URL} there, or name its folder with --data-dir")
+    parts = [read_cifar10(extracted / f"data_batch_{i}.bin") for i in range(1, 6)]
+    images, labels = (np.concatenate(a) for a in zip(*parts))
+    test, test_labels = read_cifar10(extracted / "test_batch.bin")
+    return Data(images, test, labels, test_labels, CIFAR10_CLASSES)
+
+
+def check_md5(path):
+    with open(path, "rb") as f:
+        found = hashlib.file_digest(f, "md5").hexdigest()
+    if found != CIFAR10_MD5:
+        raise OSError(f"MD5 of {path.name} is {found}, must be {CIFAR10_MD5}")
+
+
+def read_cifar10(path):
+    """A file of records, a byte for the label and 3 x 32 x 32 for the image."""
+    try:
+        records = np.fromfile(path, np.uint8)
+    except OSError as e:
+        stop(f"{path}: {e.strerror}")
+    if len(records) % 3073 or not len(records) or records[::3073].max() > 9:
+        stop(f"{path}: {len(records)} bytes; CIFAR-10's binary version has records of 3073, each "
+             "beginning with a label from 0 to 9")
+    records = records.reshape(-1, 3073)
+    images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    return np.ascontiguousarray(images), records[:, 0].astype(np.int64)
 
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".ppm", ".tif", ".tiff")
@@ -311,6 +394,20 @@ def hold_out(images, labels, classes, path, test=None):
 def make_parser():
     parser = Parser("image", PRESETS, description=__doc__)
     flag = parser.add_argument
+    flag("--model", choices=["vqvae", "vae", "vimco"], default="vqvae", help="vae, vimco: what "
+         "sec. 4.1 compares with, for --likelihood categorical")
+    flag("--likelihood", choices=["mse", "categorical"], default="mse", help="p(x|z): a Gaussian "
+         "(default), or a softmax over 256 intensities (bits/dim; sec. 4.1)")
+    flag("--data-dir", default="data", help="where --data cifar10 looks for the binary version, "
+         "extracted or packed, and keeps what it downloads (default data)")
+    flag("--num-codebooks", type=positive(int), default=1, metavar="G", help="codes at a position, "
+         "with a codebook each (default 1; sec. 4.1: 10)")
+    flag("--latents", type=positive(int), default=32, help="of --model vae: numbers at a position "
+         "(default 32; not in the paper)")
+    flag("--samples", type=positive(int), default=50, help="of --model vimco, at least 2 (default "
+         "and paper 50)")
+    flag("--vimco-prior", choices=["uniform", "learned", "gaussian"], default="uniform",
+         help="p(z) of --model vimco (default uniform, as the VQ-VAE's)")
     flag("--codebook", choices=["loss", "ema"], default="loss", help="how the codebook learns: by "
          "eq. 3, term 2 (default, the paper's experiments) or moving averages (A.1)")
     flag("--num-codes", type=positive(int), default=512, help="K (default and paper 512)")
@@ -334,23 +431,34 @@ def main():
     args = run.args
     if args.num_codes < 2:
         stop(f"--num-codes {args.num_codes}: a latent that has one value says nothing; at least 2")
+    if args.model == "vimco" and args.samples < 2:
+        stop("--samples 1: VIMCO judges each sample by the others, so it needs at least 2")
     data = load_data(args)
     channels_last = data.train.permute(0, 3, 1, 2)     # (N, 3, H, W), bytes stay in place
     train, test = channels_last.to(run.device), data.test.permute(0, 3, 1, 2).to(run.device)
     variance = float(to_unit(train[::max(1, len(train) // 1000)]).var())
 
-    Quantizer = {"loss": VectorQuantizer, "ema": VectorQuantizerEMA}[args.codebook]
-    model = VQVAE(Quantizer(args.num_codes, args.code_dim, beta=args.beta), Gaussian(variance),
-                  hidden=args.hidden, res_hidden=args.res_hidden)
+    model = make_model(args, variance)
     model = model.to(run.device, memory_format=torch.channels_last)    # as the data lie
     height, width = train.shape[2] // 4, train.shape[3] // 4
-    prior = PixelCNN(args.num_codes, args.prior_channels, PixelCNN.layers_for(height, width),
-                     num_classes=len(data.classes)).to(run.device)
-    classifier = Classifier(len(data.classes)).to(run.device) if len(data.classes) > 1 else None
     run.say(f"{len(train)} training and {len(test)} test images of {train.shape[2]} x "
-            f"{train.shape[3]}, {height} x {width} codes each; {sum(p.numel() for p in model.parameters()):,}"
-            f" weights in the VQ-VAE, {sum(p.numel() for p in prior.parameters()):,} in the prior")
+            f"{train.shape[3]}, {height} x {width} positions each; "
+            f"{sum(p.numel() for p in model.parameters()):,} weights in the model")
+    evaluate = None
+    if args.likelihood == "categorical":
+        some = test[:: -(-len(test) // 200)]           # for the curve; the set may be sorted
 
+        def evaluate():
+            torch.manual_seed(args.seed)
+            return {f"test_{k}": v for k, v in bits_per_dim(model, some).items()}
+    if args.model != "vqvae":
+        run.fit(args.model, model, lambda net, index: model_loss(net, train[index], args),
+                len(train), args.steps, args.batch_size, args.lr, evaluate)
+        return finish(run, model, test, measure(model, test, None, args), (height, width))
+
+    prior = PixelCNN(args.num_codes, args.prior_channels, PixelCNN.layers_for(height, width),
+                     num_classes=len(data.classes), num_codebooks=args.num_codebooks).to(run.device)
+    classifier = Classifier(len(data.classes)).to(run.device) if len(data.classes) > 1 else None
     # The codebook starts at encoder outputs; those of a random encoder are no good place. So the
     # encoder and decoder learn for a moment without it.
     model.quantizer.requires_grad_(False)
@@ -358,21 +466,23 @@ def main():
             len(train), args.warmup_steps, args.batch_size, args.lr)
     model.quantizer.requires_grad_(True)
     # Stage one: the VQ-VAE, with the prior "kept constant and uniform".
-    run.fit("vqvae", model, lambda net, index: vqvae_loss(net, train[index], args), len(train),
-            args.steps, args.batch_size, args.lr)
+    run.fit("vqvae", model, lambda net, index: model_loss(net, train[index], args), len(train),
+            args.steps, args.batch_size, args.lr, evaluate)
     model.requires_grad_(False)                        # stage one is over
     # Stage two: the codes, once, and the prior on them.
     codes, test_codes = encode_all(model, train), encode_all(model, test)
     metrics = measure(model, test, test_codes, args)
-    if metrics["codes_used"] < 0.1 * args.num_codes:
-        run.say(f"warning: only {metrics['codes_used']} of {args.num_codes} codes are in use: the "
-                "prior will look very good, and mean little")
+    if metrics["codes_used"] < 0.1 * metrics["num_codes"]:
+        run.say(f"warning: only {metrics['codes_used']} of {metrics['num_codes']} codes are in use:"
+                " the prior will look very good, and mean little")
     labels = None if data.train_labels is None else data.train_labels.to(run.device)
     test_labels = None if data.test_labels is None else data.test_labels.to(run.device)
     run.fit("prior", prior, lambda net, index: prior_loss(net, codes[index],
                                                           None if labels is None else labels[index]),
             len(codes), args.prior_steps, args.batch_size, args.lr)
     metrics["prior_bits_per_code"] = bits_per_code(prior, test_codes, test_labels)
+    if args.likelihood == "categorical":
+        metrics.update(fitted_prior(metrics, test, test_codes, data.classes))
     if classifier:
         run.fit("classifier", classifier, lambda net, index: (
             F.cross_entropy(net(train[index]), labels[index]), {}), len(train), 400,
@@ -381,10 +491,29 @@ def main():
         report(run, model, prior, classifier, test, test_labels, data, metrics, (height, width))
 
 
-def vqvae_loss(net, x, args):
+def make_model(args, variance):
+    likelihood = Categorical() if args.likelihood == "categorical" else Gaussian(variance)
+    widths = dict(hidden=args.hidden, res_hidden=args.res_hidden)
+    if args.model == "vae":
+        return VAE(likelihood, args.latents, **widths)
+    if args.model == "vimco":
+        return VIMCO(likelihood, args.num_codes, args.num_codebooks, args.code_dim, args.samples,
+                     args.vimco_prior, **widths)
+    Quantizer = {"loss": VectorQuantizer, "ema": VectorQuantizerEMA}[args.codebook]
+    return VQVAE(Quantizer(args.num_codes, args.code_dim, args.beta,
+                           num_codebooks=args.num_codebooks), likelihood, **widths)
+
+
+def model_loss(net, x, args):
     y = net(x)
-    mse = F.mse_loss(y.out.detach().float(), to_unit(x)) * 255 ** 2
-    return y.loss, {"mse": mse, "codes_used": count_codes(y.codes, args.num_codes)}
+    if args.likelihood == "mse":
+        stats = {"mse": F.mse_loss(y.out.detach().float(), to_unit(x)) * 255 ** 2}
+    else:
+        scale = 1 / (x[0].numel() * math.log(2))       # nats an image -> bits/dim
+        stats = {"rate": y.rate.mean() * scale, "distortion": y.nll.mean() * scale}
+    if y.codes is not None:
+        stats["codes_used"] = count_codes(y.codes, args.num_codes, args.num_codebooks)
+    return y.loss, stats
 
 
 def prior_loss(net, codes, labels):
@@ -400,14 +529,36 @@ def encode_all(model, images, batch=128):
 
 @torch.no_grad()
 def measure(model, images, codes, args, batch=128):
-    """Reconstruction error and code usage over a whole set of images."""
-    error = sum(((model.decode(c).float() - x) ** 2).sum().item()
-                for x, c in zip(images.split(batch), codes.split(batch))) / images.numel()
-    counts = count_codes(codes, args.num_codes)
-    return {"mse": error, "psnr": 10 * math.log10(255 ** 2 / max(error, 1e-9)),
-            "codes_used": int((counts > 0).sum()), "num_codes": args.num_codes,
-            "perplexity": perplexity(counts).item(),
-            "compression": images[0].numel() * 8 / (codes[0].numel() * math.log2(args.num_codes))}
+    """All that can be said without a prior, over a whole set of images: reconstruction error, code
+    usage (codes None: a model without), bits/dim (categorical likelihood)."""
+    decoded = (map(model.decode, codes.split(batch)) if codes is not None else
+               map(model.reconstruct, images.split(batch)))
+    error = sum(((y.float() - x) ** 2).sum().item()
+                for y, x in zip(decoded, images.split(batch))) / images.numel()
+    metrics = {"mse": error, "psnr": 10 * math.log10(255 ** 2 / max(error, 1e-9))}
+    if codes is not None:
+        G = codes.shape[1] if codes.ndim == 4 else 1
+        counts = count_codes(codes, args.num_codes, G)
+        metrics.update({
+            "codes_used": int((counts > 0).sum()), "num_codes": G * args.num_codes,
+            # Over all G * K rows the entropy is log G more than the mean of the G codebooks'.
+            "perplexity": perplexity(counts).item() / G,
+            "compression": images[0].numel() * 8 / (codes[0].numel() * math.log2(args.num_codes))})
+    if isinstance(model.likelihood, Categorical):
+        torch.manual_seed(args.seed)                   # VAE and VIMCO draw z
+        metrics.update(bits_per_dim(model, images))
+        if codes is not None:                          # sec. 3.2: is one term of the sum enough?
+            gaps = [map_gap(model, x).item() for x in images[:: -(-len(images) // 4)]]
+            metrics["map_gap_bits_per_dim"] = np.mean(gaps) / images[0].numel() / math.log(2)
+    return metrics
+
+
+def fitted_prior(metrics, images, codes, classes):
+    """Bits/dim with the PixelCNN in place of the uniform prior ("after training", sec. 3.3)."""
+    # The PixelCNN knows the class. That is one more latent, and has its price: log2 10 bits.
+    bits = metrics["prior_bits_per_code"] * codes[0].numel() + math.log2(max(1, len(classes)))
+    rate = bits / images[0].numel()
+    return {"bits_per_dim_fitted_prior": rate + metrics["distortion"], "rate_fitted_prior": rate}
 
 
 @torch.no_grad()
@@ -451,20 +602,26 @@ def report(run, model, prior, classifier, test, test_labels, data, metrics, fiel
     if classifier:
         metrics["sample_class_accuracy"] = classifier.accuracy(samples, wanted)
         metrics["real_class_accuracy"] = classifier.accuracy(test, test_labels)
+    picture(run.out / "samples.png", samples[:8 * shown].unflatten(0, (8, shown)),
+            "samples: codes from the PixelCNN, decoded", data.classes[:shown])
+    finish(run, model, test, metrics, field)
+
+
+def finish(run, model, test, metrics, field):
+    """What every model leaves: reconstructions, curves, metrics.json."""
+    if run.rank != 0:
+        return
     metrics["seconds"] = round(run.seconds, 1)
     run.write("metrics.json", json.dumps(metrics, indent=1))
     run.write_curves()
-    picture(run.out / "samples.png", samples[:8 * shown].unflatten(0, (8, shown)),
-            "samples: codes from the PixelCNN, decoded", data.classes[:shown])
     some = test[:: max(1, len(test) // 16)][:16]
-    pairs = torch.stack([some[:8], model.decode(model.encode(some[:8]))])
-    if len(some) == 16:
-        pairs = torch.cat([pairs, torch.stack([some[8:], model.decode(model.encode(some[8:]))])])
-    picture(run.out / "reconstructions.png", pairs,
-            f"test images, and below each its reconstruction from {field[0]} x {field[1]} codes "
-            f"({metrics['compression']:.1f} times fewer bits)")
+    half = 8 if len(some) == 16 else len(some)
+    rows = [images for part in some.split(half) for images in (part, model.reconstruct(part))]
+    size = f" ({metrics['compression']:.1f} times fewer bits)" if "compression" in metrics else ""
+    picture(run.out / "reconstructions.png", torch.stack(rows), "test images, and below each its "
+            f"reconstruction from {field[0]} x {field[1]} latent positions{size}")
     for name, value in metrics.items():
-        run.say(f"{name:24} {value:.4g}" if isinstance(value, float) else f"{name:24} {value}")
+        run.say(f"{name:26} {value:.4g}" if isinstance(value, float) else f"{name:26} {value}")
     run.say(f"pictures and numbers are in {run.out}")
 
 
