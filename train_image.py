@@ -446,7 +446,7 @@ def main():
             f"{sum(p.numel() for p in model.parameters()):,} weights in the model")
     evaluate = None
     if args.likelihood == "categorical":
-        some = test[:: -(-len(test) // 200)]           # for the curve; the set may be sorted
+        some = test[:: -(-len(test) // 100)]           # for the curve; the set may be sorted
 
         def evaluate():
             torch.manual_seed(args.seed)
