@@ -88,7 +88,7 @@ class PixelCNNLayer(nn.Module):
         x_v = self.vertical(F.pad(v, (r, r, r, 0)))    # (B, 2C, H, W): sees rows i-r .. i
         x_h = self.horizontal(F.pad(h, (r, 0, 0, 0)))  # (B, 2C, H, W): sees columns j-r .. j
         h = h + self.out(gate(x_h + self.link(x_v) + bias[1]))
-        return gate(x_v + bias[0]), h
+        return v + gate(x_v + bias[0]), h
 
 
 class SliceHead(nn.Module):
@@ -244,7 +244,7 @@ class PixelCNN(nn.Module):
             add = layer.link(x) + bias_h + layer.horizontal.bias[:, None, None]
             add[:, self.channels:] *= 0.5                              # see step_weights
             biases.append(add.squeeze(2).permute(2, 0, 1).contiguous())
-            v = gate(x + bias_v)
+            v = v + gate(x + bias_v)
         return biases
 
     def step_weights(self, layer):

@@ -4,16 +4,14 @@
     python train_image.py --data photos/ --size 128 --preset paper       own images, on a GPU
     python train_image.py --resume                 go on with runs/image, as if never stopped
     torchrun --nproc_per_node=2 train_image.py     the same run over several processes
-    python train_image.py --preset cifar10-small --model vae    bits/dim, sec. 4.1: also vqvae,
-                                                                vimco; --preset cifar10, on a GPU
+    python train_image.py --preset cifar10-small --model vae     bits/dim as in sec. 4.1, also for
+                                                   vqvae and vimco; --preset cifar10 on a GPU
 
 Stage one trains the VQ-VAE under a uniform prior. Then it is frozen, every image is encoded
 once, and a PixelCNN learns the distribution of the codes; codes drawn from it are decoded to
 images. --out (runs/image) receives reconstructions.png, samples.png, codes.png, curves.png,
-metrics.json, log.csv, config.json and checkpoint.pt; README explains every number.
-
-With --likelihood categorical metrics.json has bits per dimension, over the whole test set. The
-two models that sec. 4.1 compares with, --model vae and vimco, have stage one only.
+metrics.json, log.csv, config.json and checkpoint.pt; README explains every number. The models
+that sec. 4.1 compares with, --model vae and vimco, have stage one only.
 """
 
 import hashlib
@@ -39,28 +37,25 @@ from vqvae import (VAE, VIMCO, VQVAE, Categorical, Gaussian, Parser, Run, Vector
 
 PRESETS = {
     # 48 x 48 x 3 -> 12 x 12 codes of 9 bits: the 42.6-fold compression of sec. 4.2, for a laptop.
-    "demo": dict(warmup_steps=150, steps=600, prior_steps=700, batch_size=32, lr=1e-3,
-                 lr_decay=0.5, hidden=64, res_hidden=32, prior_channels=64),
+    "demo": dict(warmup_steps=150, steps=800, prior_steps=700, batch_size=32, lr=1e-3,
+                 prior_lr=3e-3, lr_decay=0.5, hidden=64, res_hidden=32, prior_channels=64),
     # ImageNet 128 x 128 x 3 -> 32 x 32, K = 512. Widths, batch and rate from the authors' own
     # public notebook; the paper gives Adam 2e-4 and 250,000 steps for CIFAR-10 only.
-    "paper": dict(warmup_steps=1000, steps=250_000, prior_steps=250_000, batch_size=128, lr=2e-4, hidden=128,
-                  res_hidden=32, size=128, prior_channels=256),
-    # Sec. 4.1: 256 units, Adam 2e-4, batch 128, 250,000 steps, beta 0.25, 8 x 8 x 10 latents, loss
-    # codebook, VIMCO with 50 samples; K and D are not public. The rate, 640 log2 K / 3072, is 1.04
-    # bits/dim at K = 32, 1.46 at 128, 1.88 at 512. More rate pays while a bit of it takes more
-    # than a bit off the distortion. The best public figure, 4.82 (bshall/VectorQuantizedVAE, 8
-    # codebooks of 128), is 1.17 + 3.65: from there K = 512 arrives at the paper's 4.67 if every
-    # bit of rate buys 1.2 of distortion. So 512, the K of all the paper's other images; try 128.
-    # D = 32: the decoder gets 320 numbers a position, hardly fewer than it can tell apart.
-    "cifar10": dict(data="cifar10", likelihood="categorical", num_codebooks=10, num_codes=512,
-                    code_dim=32, warmup_steps=1000, steps=250_000, prior_steps=50_000,
-                    batch_size=128, lr=2e-4, hidden=256, res_hidden=256, prior_channels=128),
-    # The same on a laptop, to see the ordering begin: narrow, few steps, few samples. K = 32, as
-    # the rate is paid from the first step on, and what it buys comes late.
-    "cifar10-small": dict(data="cifar10", likelihood="categorical", num_codebooks=10, num_codes=32,
-                          code_dim=16, warmup_steps=50, steps=300, prior_steps=200, batch_size=16,
-                          lr=1e-3, lr_decay=0.5, hidden=32, res_hidden=32, prior_channels=32,
-                          samples=4),
+    "paper": dict(warmup_steps=1000, steps=250_000, prior_steps=250_000, batch_size=128, lr=2e-4,
+                  prior_lr=2e-4, hidden=128, res_hidden=32, size=128, prior_channels=256),
+    # Sec. 4.1. K and D are not public. 640 latents cost 1.04 bits/dim at K = 32, 1.46 at 128, 1.88
+    # at 512, which pays while a bit of rate takes more than a bit off the distortion. The best
+    # public figure, 4.82 (bshall/VectorQuantizedVAE: 8 codebooks, K = 128), is 1.17 + 3.65: K =
+    # 512 arrives at the paper's 4.67 if from there a bit of rate buys 1.2 of distortion. So 512,
+    # as for the paper's other images; 128 is worth a try. D = 32: 320 numbers from 256 channels.
+    "cifar10": dict(data="cifar10", likelihood="categorical", num_codebooks=10, code_dim=32,
+                    warmup_steps=1000, steps=250_000, prior_steps=50_000, batch_size=128, lr=2e-4,
+                    prior_lr=2e-4, hidden=256, res_hidden=256, prior_channels=128),
+    # On a laptop: narrow, few steps, few samples. K = 32: the rate is paid from the first step on.
+    "cifar10-small": dict(data="cifar10", likelihood="categorical", num_codebooks=10, code_dim=16,
+                          num_codes=32, warmup_steps=50, steps=300, prior_steps=200, samples=4,
+                          batch_size=16, lr=1e-3, prior_lr=3e-3, lr_decay=0.5, hidden=32,
+                          res_hidden=32, prior_channels=32),
 }
 
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
@@ -231,46 +226,36 @@ def load_cifar10(folder):
     extracted, packed = folder / "cifar-10-batches-bin", folder / "cifar-10-binary.tar.gz"
     try:
         if not extracted.is_dir():
-            if not packed.exists():
-                print(f"downloading {CIFAR10_URL} to {packed} (170 MB)", flush=True)
-                folder.mkdir(parents=True, exist_ok=True)
-            # Under its own name appears only what is whole, here and on the disk.
-            with tempfile.TemporaryDirectory(dir=folder) as scratch:
-                if not packed.exists():
-                    part = Path(scratch) / packed.name
-                    with urllib.request.urlopen(CIFAR10_URL, timeout=60) as r, open(part, "wb") as f:
-                        shutil.copyfileobj(r, f)
-                    check_md5(part)
-                    part.replace(packed)
-                check_md5(packed)
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:   # until whole and genuine
+                found = packed if packed.exists() else Path(scratch) / packed.name
+                if found != packed:
+                    print(f"downloading {CIFAR10_URL} (170 MB) to {packed}", flush=True)
+                    with urllib.request.urlopen(CIFAR10_URL, timeout=60) as web:
+                        with open(found, "wb") as f:
+                            shutil.copyfileobj(web, f)
+                with open(found, "rb") as f:
+                    digest = hashlib.file_digest(f, "md5").hexdigest()
+                if digest != CIFAR10_MD5:
+                    raise OSError(f"its MD5 is {digest}, must be {CIFAR10_MD5}")
+                found.replace(packed)
                 with tarfile.open(packed) as archive:
                     archive.extractall(scratch, filter="data")         # nothing outside scratch
                 (Path(scratch) / extracted.name).rename(extracted)
+        parts = [read_cifar10(extracted / f"data_batch_{i}.bin") for i in range(1, 6)]
+        test, test_labels = read_cifar10(extracted / "test_batch.bin")
     except (OSError, tarfile.TarError) as e:
-        stop(f"--data cifar10: {packed} is not there, or not usable ({' '.join(str(e).split())}): "
-             f"put {CIFAR10_URL} there, or name its folder with --data-dir")
-    parts = [read_cifar10(extracted / f"data_batch_{i}.bin") for i in range(1, 6)]
+        stop(f"--data cifar10: {packed} is not usable ({' '.join(str(e).split())}): put "
+             f"{CIFAR10_URL} there, or say with --data-dir where it is")
     images, labels = (np.concatenate(a) for a in zip(*parts))
-    test, test_labels = read_cifar10(extracted / "test_batch.bin")
     return Data(images, test, labels, test_labels, CIFAR10_CLASSES)
 
 
-def check_md5(path):
-    with open(path, "rb") as f:
-        found = hashlib.file_digest(f, "md5").hexdigest()
-    if found != CIFAR10_MD5:
-        raise OSError(f"MD5 of {path.name} is {found}, must be {CIFAR10_MD5}")
-
-
 def read_cifar10(path):
-    """A file of records, a byte for the label and 3 x 32 x 32 for the image."""
-    try:
-        records = np.fromfile(path, np.uint8)
-    except OSError as e:
-        stop(f"{path}: {e.strerror}")
+    """Records of one byte of label and 3 x 32 x 32 of image."""
+    records = np.fromfile(path, np.uint8)
     if len(records) % 3073 or not len(records) or records[::3073].max() > 9:
-        stop(f"{path}: {len(records)} bytes; CIFAR-10's binary version has records of 3073, each "
-             "beginning with a label from 0 to 9")
+        raise OSError(f"{path}: {len(records)} bytes; must be records of 3073, first a label 0-9")
     records = records.reshape(-1, 3073)
     images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     return np.ascontiguousarray(images), records[:, 0].astype(np.int64)
@@ -394,18 +379,15 @@ def hold_out(images, labels, classes, path, test=None):
 def make_parser():
     parser = Parser("image", PRESETS, description=__doc__)
     flag = parser.add_argument
-    flag("--model", choices=["vqvae", "vae", "vimco"], default="vqvae", help="vae, vimco: what "
-         "sec. 4.1 compares with, for --likelihood categorical")
+    flag("--model", choices=["vqvae", "vae", "vimco"], default="vqvae", help="vae and vimco: what "
+         "sec. 4.1 compares with")
     flag("--likelihood", choices=["mse", "categorical"], default="mse", help="p(x|z): a Gaussian "
          "(default), or a softmax over 256 intensities (bits/dim; sec. 4.1)")
     flag("--data-dir", default="data", help="where --data cifar10 looks for the binary version, "
          "extracted or packed, and keeps what it downloads (default data)")
-    flag("--num-codebooks", type=positive(int), default=1, metavar="G", help="codes at a position, "
-         "with a codebook each (default 1; sec. 4.1: 10)")
-    flag("--latents", type=positive(int), default=32, help="of --model vae: numbers at a position "
-         "(default 32; not in the paper)")
-    flag("--samples", type=positive(int), default=50, help="of --model vimco, at least 2 (default "
-         "and paper 50)")
+    flag("--num-codebooks", type=positive(int), default=1, help="G codes a position (sec. 4.1: 10)")
+    flag("--latents", type=positive(int), default=32, help="numbers a position, for --model vae")
+    flag("--samples", type=positive(int), default=50, help="S >= 2 of --model vimco (paper 50)")
     flag("--vimco-prior", choices=["uniform", "learned", "gaussian"], default="uniform",
          help="p(z) of --model vimco (default uniform, as the VQ-VAE's)")
     flag("--codebook", choices=["loss", "ema"], default="loss", help="how the codebook learns: by "
@@ -419,9 +401,12 @@ def make_parser():
     flag("--hidden", type=positive(int), help="channels of encoder and decoder (paper 256 for "
          "CIFAR-10)")
     flag("--res-hidden", type=positive(int), help="channels inside a residual block")
+    flag("--prior-lr", type=positive(float), help="Adam's learning rate for the prior")
     flag("--prior-channels", type=positive(int), help="channels of the PixelCNN")
     flag("--size", type=positive(int), help="crop all images to squares and scale them to "
          "SIZE x SIZE")
+    flag("--classifier-steps", type=positive(int), default=800, help="training steps of the "
+         "classifier that judges samples, where there are classes (default %(default)s)")
     flag("--demo-images", type=positive(int), default=4000, help="training images of the demo")
     return parser
 
@@ -434,64 +419,65 @@ def main():
     if args.model == "vimco" and args.samples < 2:
         stop("--samples 1: VIMCO judges each sample by the others, so it needs at least 2")
     data = load_data(args)
-    channels_last = data.train.permute(0, 3, 1, 2)     # (N, 3, H, W), bytes stay in place
-    train, test = channels_last.to(run.device), data.test.permute(0, 3, 1, 2).to(run.device)
+    train, test = (x.permute(0, 3, 1, 2).to(run.device)                # (N, 3, H, W), in place
+                   for x in (data.train, data.test))
     variance = float(to_unit(train[::max(1, len(train) // 1000)]).var())
 
-    model = make_model(args, variance)
-    model = model.to(run.device, memory_format=torch.channels_last)    # as the data lie
+    model = make_model(args, variance).to(run.device, memory_format=torch.channels_last)
     height, width = train.shape[2] // 4, train.shape[3] // 4
     run.say(f"{len(train)} training and {len(test)} test images of {train.shape[2]} x "
             f"{train.shape[3]}, {height} x {width} positions each; "
             f"{sum(p.numel() for p in model.parameters()):,} weights in the model")
-    evaluate = None
-    if args.likelihood == "categorical":
-        some = test[:: -(-len(test) // 100)]           # for the curve; the set may be sorted
-
-        def evaluate():
-            torch.manual_seed(args.seed)
-            return {f"test_{k}": v for k, v in bits_per_dim(model, some).items()}
-    if args.model != "vqvae":
-        run.fit(args.model, model, lambda net, index: model_loss(net, train[index], args),
-                len(train), args.steps, args.batch_size, args.lr, evaluate)
-        return finish(run, model, test, measure(model, test, None, args), (height, width))
-
-    prior = PixelCNN(args.num_codes, args.prior_channels, PixelCNN.layers_for(height, width),
-                     num_classes=len(data.classes), num_codebooks=args.num_codebooks).to(run.device)
-    classifier = Classifier(len(data.classes)).to(run.device) if len(data.classes) > 1 else None
-    # The codebook starts at encoder outputs; those of a random encoder are no good place. So the
-    # encoder and decoder learn for a moment without it.
-    model.quantizer.requires_grad_(False)
-    run.fit("autoencoder", model, lambda net, index: (net(train[index], quantize=False).loss, {}),
-            len(train), args.warmup_steps, args.batch_size, args.lr)
-    model.quantizer.requires_grad_(True)
-    # Stage one: the VQ-VAE, with the prior "kept constant and uniform".
-    run.fit("vqvae", model, lambda net, index: model_loss(net, train[index], args), len(train),
+    some = test[:: -(-len(test) // 100)]               # for the curve; the set may be sorted
+    evaluate = (lambda: {f"test_{k}": v for k, v in bits_per_dim(model, some).items()}
+                if args.likelihood == "categorical" else {})
+    if args.model == "vqvae":
+        prior = PixelCNN(args.num_codes, args.prior_channels, PixelCNN.layers_for(height, width),
+                         len(data.classes), num_codebooks=args.num_codebooks).to(run.device)
+        classifier = Classifier(len(data.classes)).to(run.device) if len(data.classes) > 1 else None
+        # The codebook starts at encoder outputs; those of a random encoder are no good place. So
+        # the encoder and decoder learn for a moment without it.
+        model.quantizer.requires_grad_(False)
+        run.fit("autoencoder", model, lambda net, index: (
+            net(train[index], quantize=False).loss, {}), len(train), args.warmup_steps,
+            args.batch_size, args.lr)
+        model.quantizer.requires_grad_(True)
+    # Stage one. For the VQ-VAE the prior is "kept constant and uniform".
+    run.fit(args.model, model, lambda net, index: model_loss(net, train[index], args), len(train),
             args.steps, args.batch_size, args.lr, evaluate)
     model.requires_grad_(False)                        # stage one is over
-    # Stage two: the codes, once, and the prior on them.
+    if args.model == "vqvae":
+        stage_two(run, model, prior, classifier, data, train, test)
+    else:
+        finish(run, model, test, measure(model, test, None, args))
+
+
+def stage_two(run, model, prior, classifier, data, train, test):
+    """The codes, once, and the prior on them."""
+    args = run.args
     codes, test_codes = encode_all(model, train), encode_all(model, test)
     metrics = measure(model, test, test_codes, args)
     if metrics["codes_used"] < 0.1 * metrics["num_codes"]:
         run.say(f"warning: only {metrics['codes_used']} of {metrics['num_codes']} codes are in use:"
                 " the prior will look very good, and mean little")
-    labels = None if data.train_labels is None else data.train_labels.to(run.device)
-    test_labels = None if data.test_labels is None else data.test_labels.to(run.device)
-    run.fit("prior", prior, lambda net, index: prior_loss(net, codes[index],
-                                                          None if labels is None else labels[index]),
-            len(codes), args.prior_steps, args.batch_size, args.lr)
+    labels, test_labels = (None if y is None else y.to(run.device)
+                           for y in (data.train_labels, data.test_labels))
+    run.fit("prior", prior, lambda net, index: prior_loss(
+        net, codes[index], None if labels is None else labels[index]), len(codes),
+        args.prior_steps, args.batch_size, args.prior_lr)
     metrics["prior_bits_per_code"] = bits_per_code(prior, test_codes, test_labels)
     if args.likelihood == "categorical":
         metrics.update(fitted_prior(metrics, test, test_codes, data.classes))
     if classifier:
         run.fit("classifier", classifier, lambda net, index: (
-            F.cross_entropy(net(train[index]), labels[index]), {}), len(train), 400,
-            args.batch_size, 1e-3)
+            F.cross_entropy(net(train[index]), labels[index]), {}), len(train),
+            args.classifier_steps, args.batch_size, 2e-3)
     if run.rank == 0:
-        report(run, model, prior, classifier, test, test_labels, data, metrics, (height, width))
+        report(run, model, prior, classifier, test, test_labels, data, metrics)
 
 
 def make_model(args, variance):
+    """All three "using the same standard VAE architecture", sec. 4.1."""
     likelihood = Categorical() if args.likelihood == "categorical" else Gaussian(variance)
     widths = dict(hidden=args.hidden, res_hidden=args.res_hidden)
     if args.model == "vae":
@@ -589,8 +575,9 @@ class Classifier(nn.Sequential):
         return right / len(labels)
 
 
-def report(run, model, prior, classifier, test, test_labels, data, metrics, field):
+def report(run, model, prior, classifier, test, test_labels, data, metrics):
     """Samples, pictures and metrics.json."""
+    field = test.shape[2] // 4, test.shape[3] // 4
     generator = torch.Generator(run.device).manual_seed(run.args.seed)
     shown = min(10, len(data.classes)) or 8            # columns: a class each
     per_class = 200 // shown if classifier else 8
@@ -604,10 +591,10 @@ def report(run, model, prior, classifier, test, test_labels, data, metrics, fiel
         metrics["real_class_accuracy"] = classifier.accuracy(test, test_labels)
     picture(run.out / "samples.png", samples[:8 * shown].unflatten(0, (8, shown)),
             "samples: codes from the PixelCNN, decoded", data.classes[:shown])
-    finish(run, model, test, metrics, field)
+    finish(run, model, test, metrics)
 
 
-def finish(run, model, test, metrics, field):
+def finish(run, model, test, metrics):
     """What every model leaves: reconstructions, curves, metrics.json."""
     if run.rank != 0:
         return
@@ -617,9 +604,9 @@ def finish(run, model, test, metrics, field):
     some = test[:: max(1, len(test) // 16)][:16]
     half = 8 if len(some) == 16 else len(some)
     rows = [images for part in some.split(half) for images in (part, model.reconstruct(part))]
-    size = f" ({metrics['compression']:.1f} times fewer bits)" if "compression" in metrics else ""
-    picture(run.out / "reconstructions.png", torch.stack(rows), "test images, and below each its "
-            f"reconstruction from {field[0]} x {field[1]} latent positions{size}")
+    bits = f" ({metrics['compression']:.1f} times fewer bits)" if "compression" in metrics else ""
+    picture(run.out / "reconstructions.png", torch.stack(rows),
+            f"test images, and below each its reconstruction{bits}")
     for name, value in metrics.items():
         run.say(f"{name:26} {value:.4g}" if isinstance(value, float) else f"{name:26} {value}")
     run.say(f"pictures and numbers are in {run.out}")

@@ -12,12 +12,14 @@ from PIL import Image
 
 import train_image
 from prior import PixelCNN
+from conftest import ROOT
 from test_run import python, same, stopped
 from train_image import bits_per_code, demo_images, encode_all, measure
 from vqvae import VQVAE, Gaussian, VectorQuantizer
 
 TINY = ("--warmup-steps 1 --steps 4 --prior-steps 3 --hidden 8 --res-hidden 8 --prior-channels 8 "
-        "--num-codes 16 --code-dim 8 --batch-size 8 --demo-images 60 --device cpu").split()
+        "--num-codes 16 --code-dim 8 --batch-size 8 --classifier-steps 20 --demo-images 60 "
+        "--device cpu").split()
 
 
 def noise(*shape):
@@ -418,6 +420,8 @@ def test_demo_with_classes_reports_every_number(main, tmp_path):
     for name in ("psnr", "mse", "codes_used", "num_codes", "perplexity", "prior_bits_per_code",
                  "sample_class_accuracy", "seconds"):
         assert math.isfinite(metrics[name]), name
+    readme = (ROOT / "README.md").read_text()
+    assert not [name for name in metrics if f"`{name}`" not in readme], "README explains every key"
     model, prior = (checkpoint(tmp_path / "out" / "checkpoint.pt")["stages"][stage]["model"]
                     for stage in ("vqvae", "prior"))
     assert "layers.0.label.weight" in prior and "quantizer.codebook" in model

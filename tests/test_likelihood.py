@@ -1,4 +1,4 @@
-"""Sec. 4.1: p(x|z) over bytes, bits per dimension, the VAE, VIMCO, and CIFAR-10 in train_image.py."""
+"""Sec. 4.1: p(x|z) over bytes, bits per dimension, VAE, VIMCO; CIFAR-10 in train_image.py."""
 
 import csv
 import functools
@@ -59,7 +59,7 @@ def silence(layer):
         torch.nn.init.zeros_(p)
 
 
-# -- p(x|z) over bytes ------------------------------------------------------------------------------
+# -- p(x|z) over bytes ----------------------------------------------------------------------------
 
 
 def every_intensity():
@@ -98,7 +98,7 @@ def test_categorical_image_is_the_mean_of_p():
     assert Categorical().image(out).flatten().tolist() == [15, 128, 201]
 
 
-# -- bits per dimension -----------------------------------------------------------------------------
+# -- bits per dimension ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -153,7 +153,7 @@ def test_a_gaussian_has_no_bits_per_dim():
         bits_per_dim(model, images())
 
 
-# -- one term for the whole sum over z (sec. 3.2) -----------------------------------------------------
+# -- one term for the whole sum over z (sec. 3.2) -------------------------------------------------
 
 
 def every_z(model, x):
@@ -209,7 +209,7 @@ def test_map_gap_takes_the_codes_next_in_distance():
     assert map_gap(model, x, nearest=2).item() == pytest.approx(expected.item(), abs=1e-4)
 
 
-# -- the continuous VAE -----------------------------------------------------------------------------
+# -- the continuous VAE ---------------------------------------------------------------------------
 
 
 def test_closed_form_kl_equals_monte_carlo():
@@ -248,12 +248,12 @@ def test_vae_loss_is_the_negative_elbo_and_trains_the_encoder():
     assert (gradient > 0).all(), "-log p(x|z) must reach mean and log_var: z = mean + std * noise"
 
 
-# -- VIMCO ------------------------------------------------------------------------------------------
+# -- VIMCO ----------------------------------------------------------------------------------------
 
 
 def estimates(theta, log_joint, picks, estimator):
-    """An estimate of the gradient of the bound, for each row of picks (M, S), samples of q(z) =
-    softmax(theta) when p(x, z) = exp(log_joint): (M, 2K), by theta and by log_joint."""
+    """An estimate of the gradient of the bound, for each row of picks (M, S), samples of
+    q(z) = softmax(theta) when p(x, z) = exp(log_joint): (M, 2K), by theta and by log_joint."""
     theta, log_joint = (a.detach().expand(len(picks), -1).clone().requires_grad_()
                         for a in (theta, log_joint))
     log_q = theta.log_softmax(1).gather(1, picks).t()                  # (S, M)
@@ -361,7 +361,8 @@ def test_gradient_of_the_whole_model_is_the_exact_one_within_its_standard_error(
     leaves = {"encoder": model.encoder[-1].bias, "vectors": model.codebook.weight}
     if prior == "learned":
         leaves["prior"] = model.log_prior
-    exact = torch.cat([g.flatten() for g in torch.autograd.grad(-bound / 16, list(leaves.values()))])
+    exact = torch.autograd.grad(-bound / 16, list(leaves.values()))
+    exact = torch.cat([g.flatten() for g in exact])
     rounds = []
     for _ in range(60):
         loss = model(x.expand(500, -1, -1, -1)).loss
@@ -456,7 +457,7 @@ def test_vimco_needs_two_samples():
         draws(samples=1)
 
 
-# -- numbers of the script --------------------------------------------------------------------------
+# -- numbers of the script ------------------------------------------------------------------------
 
 
 class Args:
@@ -508,7 +509,7 @@ def test_measure_reports_the_bits_of_the_whole_set():
         assert got.get("map_gap_bits_per_dim", 0) >= 0
 
 
-# -- CIFAR-10 ---------------------------------------------------------------------------------------
+# -- CIFAR-10 -------------------------------------------------------------------------------------
 
 
 def cifar10_files(count=4):
@@ -526,7 +527,7 @@ def cifar10_files(count=4):
 
 @pytest.fixture
 def archive(monkeypatch, tmp_path):
-    """cifar-10-binary.tar.gz in small, and the digest and the local address train_image expects."""
+    """cifar-10-binary.tar.gz in small, served on localhost; train_image expects its digest."""
     (tmp_path / "web").mkdir()
     path = tmp_path / "web" / "cifar-10-binary.tar.gz"
 
@@ -614,7 +615,8 @@ def test_cifar10_archive_cannot_write_outside_its_folder(archive, tmp_path, caps
     assert [p.name for p in (tmp_path / "web").iterdir()] == ["cifar-10-binary.tar.gz"]
 
 
-@pytest.mark.parametrize("spoil", [lambda b: b[:-1], lambda b: b"", lambda b: b"\x0a" + b[1:], None])
+@pytest.mark.parametrize("spoil", [lambda b: b[:-1], lambda b: b"", lambda b: b"\x0a" + b[1:],
+                                   None])
 def test_cifar10_bad_file_is_named(tmp_path, capsys, spoil):
     (tmp_path / "cifar-10-batches-bin").mkdir()
     for name, content in cifar10_files()[0].items():
@@ -626,11 +628,11 @@ def test_cifar10_bad_file_is_named(tmp_path, capsys, spoil):
     assert "data_batch_3.bin" in stopped(capsys, load_cifar10, tmp_path)
 
 
-# -- the whole run ----------------------------------------------------------------------------------
+# -- the whole run --------------------------------------------------------------------------------
 
-TINY = ("--preset cifar10-small --steps 4 --warmup-steps 1 --prior-steps 2 --hidden 8 --res-hidden 8"
-        " --prior-channels 8 --num-codes 8 --num-codebooks 3 --code-dim 4 --latents 3 --batch-size 4 "
-        "--samples 3 --device cpu").split()
+TINY = ("--preset cifar10-small --steps 4 --warmup-steps 1 --prior-steps 2 --classifier-steps 2 "
+        "--hidden 8 --res-hidden 8 --prior-channels 8 --num-codes 8 --num-codebooks 3 --code-dim 4 "
+        "--latents 3 --batch-size 4 --samples 3 --device cpu").split()
 
 
 @pytest.fixture(scope="module")
@@ -639,8 +641,9 @@ def folder(tmp_path_factory):
     (folder / "data" / "cifar-10-batches-bin").mkdir(parents=True)
     for name, content in cifar10_files()[0].items():
         (folder / "data" / "cifar-10-batches-bin" / name).write_bytes(content)
-    for kind in MODELS:                                # --data cifar10 and --data-dir data: defaults
-        done = python("-m", "train_image", *TINY, "--model", kind, "--out", folder / kind, cwd=folder)
+    for kind in MODELS:                                # --data cifar10 --data-dir data by default
+        done = python("-m", "train_image", *TINY, "--model", kind, "--out", folder / kind,
+                      cwd=folder)
         assert done.returncode == 0, done.stderr
     return folder
 
@@ -676,8 +679,8 @@ def test_the_log_has_bits_per_dim_of_the_test_set_against_steps(folder, kind):
         rows = [row for row in csv.DictReader(f) if row["stage"] == kind]
     curve = [float(row["test_bits_per_dim"]) for row in rows if row["test_bits_per_dim"]]
     metrics = json.loads((folder / kind / "metrics.json").read_text())
-    assert curve[-1] == pytest.approx(metrics["bits_per_dim"], rel=1e-3), (
-        "4 test images: the curve ends where the final measurement stands")
+    assert curve[-1] == pytest.approx(metrics["bits_per_dim"], rel=1e-2), (
+        "4 test images: the curve ends where the final measurement stands, but for the noise")
     assert [row["step"] for row in rows] == ["1", "2", "3", "4"] and rows[0]["distortion"]
     for name in ("reconstructions.png", "curves.png", "config.json"):
         assert (folder / kind / name).stat().st_size > 0, name
