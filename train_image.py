@@ -37,8 +37,8 @@ from vqvae import (VAE, VIMCO, VQVAE, Categorical, Gaussian, Parser, Run, Vector
 
 PRESETS = {
     # 48 x 48 x 3 -> 12 x 12 codes of 9 bits: the 42.6-fold compression of sec. 4.2, for a laptop.
-    "demo": dict(warmup_steps=150, steps=700, prior_steps=800, batch_size=32, lr=1e-3,
-                 prior_lr=3e-3, lr_decay=0.5, hidden=64, res_hidden=32, prior_channels=64),
+    "demo": dict(warmup_steps=150, steps=700, prior_steps=1500, batch_size=32, lr=1e-3,
+                 prior_batch_size=16, prior_lr=4e-3, lr_decay=0.5, hidden=64, res_hidden=32, prior_channels=64),
     # ImageNet 128 x 128 x 3 -> 32 x 32, K = 512. Widths, batch and rate from the authors' own
     # public notebook; the paper gives Adam 2e-4 and 250,000 steps for CIFAR-10 only.
     "paper": dict(warmup_steps=1000, steps=250_000, prior_steps=250_000, batch_size=128, lr=2e-4,
@@ -400,6 +400,8 @@ def make_parser():
     flag("--hidden", type=positive(int), help="channels of encoder and decoder (paper 256 for "
          "CIFAR-10)")
     flag("--res-hidden", type=positive(int), help="channels inside a residual block")
+    flag("--prior-batch-size", type=positive(int), help="examples a step for the prior (default "
+         "--batch-size)")
     flag("--prior-lr", type=positive(float), help="Adam's learning rate for the prior")
     flag("--prior-channels", type=positive(int), help="channels of the PixelCNN")
     flag("--size", type=positive(int), help="crop all images to squares and scale them to "
@@ -463,7 +465,7 @@ def stage_two(run, model, prior, classifier, data, train, test):
                            for y in (data.train_labels, data.test_labels))
     run.fit("prior", prior, lambda net, index: prior_loss(
         net, codes[index], None if labels is None else labels[index]), len(codes),
-        args.prior_steps, args.batch_size, args.prior_lr)
+        args.prior_steps, args.prior_batch_size or args.batch_size, args.prior_lr)
     metrics["prior_bits_per_code"] = bits_per_code(prior, test_codes, test_labels)
     if args.likelihood == "categorical":
         metrics.update(fitted_prior(metrics, test, test_codes, data.classes))

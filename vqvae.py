@@ -754,7 +754,7 @@ class Run:
             stop(f"{examples} training examples are fewer than --batch-size {batch_size}")
         self.make_folder()
         model.to(self.device).train()
-        optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+        optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=self.device.type != "mps")
         first = self.restore(stage, model, optimizer)
         net = model
         if self.world > 1 and first < steps:
