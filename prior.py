@@ -206,7 +206,8 @@ class PixelCNN(nn.Module):
         Returns (batch, height, width) int64, or (batch, G, height, width).
         """
         self.check(labels, cond)
-        B, C, G, W, device = batch, self.channels, self.num_codebooks, width, self.embed.weight.device
+        B, C, G, W = batch, self.channels, self.num_codebooks, width
+        device = self.embed.weight.device
         codes = torch.zeros(B, height, W, G, dtype=torch.long, device=device)
         weights = [self.step_weights(layer) for layer in self.layers]
         # Inputs of each layer's vertical convolution, all rows, with its zero padding.
@@ -234,7 +235,7 @@ class PixelCNN(nn.Module):
         return codes.squeeze(1) if G == 1 else codes
 
     def vertical_row(self, i, v, above, labels, cond):
-        """Run the vertical stack for row i; returns what it adds to each layer's horizontal gate."""
+        """Run the vertical stack for row i: what it adds to each layer's horizontal gate."""
         biases = []
         for layer, rows in zip(self.layers, above):
             r = layer.reach

@@ -38,7 +38,8 @@ from vqvae import (VAE, VIMCO, VQVAE, Categorical, Gaussian, Parser, Run, Vector
 PRESETS = {
     # 48 x 48 x 3 -> 12 x 12 codes of 9 bits: the 42.6-fold compression of sec. 4.2, for a laptop.
     "demo": dict(warmup_steps=150, steps=700, prior_steps=1500, batch_size=32, lr=1e-3,
-                 prior_batch_size=16, prior_lr=4e-3, lr_decay=0.5, hidden=64, res_hidden=32, prior_channels=64),
+                 prior_batch_size=16, prior_lr=4e-3, lr_decay=0.5, hidden=64, res_hidden=32,
+                 prior_channels=64),
     # ImageNet 128 x 128 x 3 -> 32 x 32, K = 512. Widths, batch and rate from the authors' own
     # public notebook; the paper gives Adam 2e-4 and 250,000 steps for CIFAR-10 only.
     "paper": dict(warmup_steps=1000, steps=250_000, prior_steps=250_000, batch_size=128, lr=2e-4,
@@ -83,8 +84,8 @@ def demo_images(count, seed=0, size=64):
     def fill(part):  # images of one solid, few enough for the cache
         images[part] = render(labels[part[0]], {k: v[part] for k, v in scene.items()}, size)
 
-    parts = [part for label in range(len(SOLIDS))
-             for part in np.split(np.flatnonzero(labels == label), range(16, count, 16)) if len(part)]
+    parts = [part for label in range(len(SOLIDS)) for part in
+             np.split(np.flatnonzero(labels == label), range(16, count, 16)) if len(part)]
     with ThreadPoolExecutor() as pool:                 # numpy works outside Python's lock
         list(pool.map(fill, parts))
     factors = {"solid": labels, "object hue": hues["hue"], "wall hue": hues["wall_hue"],
@@ -284,7 +285,7 @@ def class_names(path):
 
 
 def read_images(path, classes, size):
-    """All images below path, sorted by name: (N, H, W, 3) uint8, and labels if there are classes."""
+    """All images below path, by name: (N, H, W, 3) uint8, and labels if there are classes."""
     from PIL import Image
     files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_ENDINGS and p.is_file())
     if not files:
@@ -621,7 +622,8 @@ def picture(path, images, title, columns=()):
     rows, cols, _, height, width = images.shape
     sheet = images.permute(0, 3, 1, 4, 2)              # (rows, H, cols, W, 3)
     sheet = F.pad(sheet, (0, 0, 1, 1, 0, 0, 1, 1), value=255).flatten(2, 3).flatten(0, 1)
-    figure = plt.figure(figsize=(10, 10 * sheet.shape[0] / sheet.shape[1] + 0.6), layout="constrained")
+    figure = plt.figure(figsize=(10, 10 * sheet.shape[0] / sheet.shape[1] + 0.6),
+                        layout="constrained")
     axis = figure.add_subplot(title=title)
     axis.imshow(sheet.cpu().numpy())
     axis.set(yticks=[], xticks=[(k + 0.5) * (width + 2) for k in range(len(columns))])

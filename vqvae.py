@@ -718,9 +718,6 @@ class Run:
             parser.set_defaults(**{k: v for k, v in saved["args"].items()
                                    if k not in ("out", "device", "resume")})
         self.args = parser.parse_args()
-        if self.args.batch_size % self.world:
-            stop(f"--batch-size {self.args.batch_size} does not divide among {self.world} "
-                 "processes")
         self.fresh = not args.resume
         torch.manual_seed(self.args.seed)
 
@@ -752,6 +749,8 @@ class Run:
         """
         if examples < batch_size:
             stop(f"{examples} training examples are fewer than --batch-size {batch_size}")
+        if batch_size % self.world:
+            stop(f"--batch-size {batch_size} does not divide among {self.world} processes")
         self.make_folder()
         model.to(self.device).train()
         optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=self.device.type != "mps")

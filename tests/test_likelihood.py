@@ -1,5 +1,6 @@
 """Sec. 4.1: p(x|z) over bytes, bits per dimension, VAE, VIMCO; CIFAR-10 in train_image.py."""
 
+import argparse
 import csv
 import functools
 import hashlib
@@ -667,8 +668,7 @@ def folder(tmp_path_factory):
 def test_metrics_are_what_the_trained_model_scores(folder, kind):
     metrics = json.loads((folder / kind / "metrics.json").read_text())
     saved = torch.load(folder / kind / "checkpoint.pt", weights_only=True)
-    args = train_image.make_parser().parse_args(TINY + ["--model", kind])
-    model = train_image.make_model(args, 0.1)
+    model = train_image.make_model(argparse.Namespace(**saved["args"]), 0.1)
     model.load_state_dict(saved["stages"][kind]["model"])
     model.eval().to(memory_format=torch.channels_last)
     test = torch.from_numpy(cifar10_files()[1][20:]).permute(0, 3, 1, 2)
