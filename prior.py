@@ -397,7 +397,7 @@ class WaveNet(nn.Module):
         return past[::-1], now, out, skip, *head                       # past: d, 2d, .. steps ago
 
     def taps(self):
-        """The rows of `ring` to read at t = 0, 1, .., each ((kernel - 1) * L,), and to write (L,)."""
+        """Rows of `ring` to read at t = 0, 1, .., ((kernel - 1) * L,) each, and to write (L,)."""
         d = torch.tensor(self.dilations, device=self.embed.weight.device)
         size = (self.kernel - 1) * d
         first = size.cumsum(0) - size
@@ -406,11 +406,11 @@ class WaveNet(nn.Module):
         rows = first + (t - i * d) % size                              # (period, kernel - 1, L)
         return cycle(rows.flatten(1)), cycle(rows[:, -1])
 
-    def frames(self, cond, speaker):
+    def frames(self, cond, speaker, most=2 ** 24):
         """What the gates get that does not depend on x: (L, B, 2C), frame after frame of cond."""
         own = torch.stack([conv.bias for conv in self.dilated]).unsqueeze(2)   # (L, 2C, 1)
         batch = 1 if cond is None else len(cond)
-        chunk = max(1, 2 ** 24 // (batch * own.numel()))               # projected at a time
+        chunk = max(1, most // (batch * own.numel()))  # frames projected at a time
         for part in [None] if cond is None else cond.split(chunk, 2):
             biases = self.bias(part, speaker)
             total = own.unsqueeze(0) if biases is None else own + biases       # (B, L, 2C, N)
