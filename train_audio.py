@@ -1,0 +1,746 @@
+"""Speech: waveform -> VQ-VAE with a WaveNet decoder -> codes -> prior (sec. 4.3 of the paper).
+
+    python train_audio.py                          demo speech, no download, no GPU: minutes
+    python train_audio.py --data wav48/ --preset paper            VCTK's layout, on a GPU:
+                                                   one folder of WAVs for each speaker
+    python train_audio.py --data wav48/ --labels lab/ --preset paper-phonemes
+    python train_audio.py --resume                 go on with runs/audio, as if never stopped
+
+The paper's four experiments: (1) reconstruction by sampling the decoder, (2) speaker conversion,
+decoding with another speaker's one-hot, (3) a prior over the codes and unconditional speech from
+it, (4) each code read as its most likely phone. --out (runs/audio) receives *.wav,
+reconstructions.png (the paper's fig. 6), samples.png, phones.png, curves.png, metrics.json,
+log.csv, config.json and checkpoint.pt; README explains every number.
+"""
+
+import io
+import json
+import math
+import wave
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+
+from prior import WaveNet
+from vqvae import (Encoder, Output, Parser, Run, VectorQuantizer, VectorQuantizerEMA, count_codes,
+                   perplexity, positive, stop, to_unit)
+
+PAPER = dict(steps=500_000, prior_steps=250_000, batch_size=16, lr=2e-4, sample_rate=16_000,
+             num_codes=512, code_dim=64, hidden=256, channels=64, skip_channels=256, layers=30,
+             cycle=10, prior_channels=256, crop=10_240, clip=40_960, test_clips=10)
+PRESETS = {
+    # 8 kHz -> 62.5 codes of 5 bits a second, 205 times fewer bits than 8-bit speech.
+    "demo": dict(steps=2400, prior_steps=500, batch_size=8, lr=2e-3, lr_decay=0.5,
+                 sample_rate=8000, strides="2,2,2,2,2,2,2", num_codes=32, code_dim=16, hidden=64,
+                 channels=32, skip_channels=64, layers=9, cycle=9, prior_channels=64, crop=1024,
+                 clip=16_000, test_clips=40),
+    # "6 strided convolutions with stride 2": 64x, K = 512. Widths, batch and crop are not in the
+    # paper; steps and rate are those of its images.
+    "paper": dict(PAPER, strides="2,2,2,2,2,2"),
+    # "128 times smaller", chunks of 40,960 samples: 320 codes.
+    "paper-prior": dict(PAPER, strides="2,2,2,2,2,2,2", experiments=["reconstruction", "prior"]),
+    # "a 128-dimensional discrete space that runs at 25 Hz (downsampling factor of 640)".
+    "paper-phonemes": dict(PAPER, strides="2,2,2,2,2,2,2,5", num_codes=128,
+                           experiments=["reconstruction", "phonemes"]),
+}
+EXPERIMENTS = ["reconstruction", "conversion", "prior", "phonemes"]
+UNLABELLED = 255                                       # stands where no phone is known
+
+# ---------------------------------------------------------------------------------------------
+# Demo data: a source-filter synthesiser. Who speaks, what and when is known exactly.
+# ---------------------------------------------------------------------------------------------
+
+# Pitch in Hz, formants relative to an average vocal tract (a short one: above 1), breathiness.
+VOICES = {"bass": (92, 0.86, 0.02), "tenor": (128, 0.98, 0.05),
+          "alto": (180, 1.11, 0.03), "soprano": (246, 1.26, 0.07)}
+
+# Formants F1-F3 and their bandwidths in Hz, level of voice and of noise, mean length in ms.
+# Vowels after Peterson and Barney (1952); fricatives are noise through high, wide resonances.
+PHONES = {
+    "pause": ((500, 1500, 2500), (100, 120, 150), 0.0, 0.0, 130),
+    "a": ((730, 1090, 2440), (80, 90, 120), 1.0, 0.0, 120),
+    "e": ((530, 1840, 2480), (60, 90, 120), 1.0, 0.0, 110),
+    "i": ((270, 2290, 3010), (50, 90, 130), 1.0, 0.0, 110),
+    "o": ((570, 840, 2410), (70, 80, 120), 1.0, 0.0, 120),
+    "u": ((300, 870, 2240), (60, 80, 120), 1.0, 0.0, 110),
+    "m": ((250, 1000, 2200), (80, 300, 300), 0.5, 0.0, 85),
+    "n": ((250, 1700, 2600), (80, 300, 300), 0.5, 0.0, 85),
+    "r": ((350, 1150, 1500), (80, 120, 150), 0.7, 0.0, 80),
+    "s": ((2700, 3300, 3700), (900, 500, 500), 0.0, 0.004, 110),
+    "c": ((1700, 2200, 2900), (500, 300, 400), 0.0, 0.012, 110),   # as in ship
+    "f": ((900, 1700, 2900), (900, 900, 900), 0.0, 0.1, 95),
+}
+# The demo's language: with words, the prior has something to learn beyond single phones.
+WORDS = ("mana sami reno cifu nosa fare mice rucan sono fimer cera numas eros ifan umico "
+         "acen rafu sisom none marufi").split()
+
+
+def demo_speech(count, seed=0, seconds=2.0, rate=8000):
+    """`count` utterances, voices in turn: waves (count, T) float32 in [-1, 1], speakers (count,)
+    int64, and what phone is spoken at each sample, (count, T) uint8 index into PHONES."""
+    rng = np.random.default_rng(seed)
+    length, names = int(seconds * rate), list(PHONES)
+    speakers = np.arange(count) % len(VOICES)
+    phones = np.zeros((count, length), np.uint8)
+    for row in phones:
+        at = int(rng.uniform(0.05, 0.15) * rate)       # starts with a pause
+        while at < length - 0.15 * rate:
+            word = WORDS[rng.integers(len(WORDS))]
+            for name in [*word] + ["pause"] * (rng.random() < 0.4):
+                n = int(PHONES[name][4] / 1000 * rate * rng.uniform(0.75, 1.25))
+                row[at:at + n] = names.index(name)
+                at += n
+        row[length - int(0.05 * rate):] = 0
+    return synthesise(phones, speakers, rng, rate), speakers, phones
+
+
+def synthesise(phones, speakers, rng, rate, frame=8):
+    """Phone at each sample (B, T), speakers (B,) -> waves (B, T). T a multiple of `frame`."""
+    B, T = phones.shape
+    table = np.array([[*f, *w, v, n] for f, w, v, n, _ in PHONES.values()], np.float32)
+    pitch, tract, breath = np.array(list(VOICES.values()), np.float32)[speakers].T[..., None]
+    # Coarticulation: the tract glides from target to target, for some 60 ms; the voice is faster.
+    track = table[phones[:, ::frame]]                  # (B, T / frame, 8): 1 ms a frame at 8 kHz
+    fps = rate / frame
+    tuning = smooth(track[..., :6], 0.06 * fps) * tract[..., None]
+    voiced, hiss = smooth(track[..., 6:], 0.025 * fps).repeat(frame, 1).transpose(2, 0, 1)
+
+    # Source: a saw tooth (glottal pulse and radiation together fall by 6 dB an octave) whose
+    # pitch sinks through the utterance and wanders a little, and noise.
+    wander = smooth(rng.standard_normal((B, T // frame, 1)), 0.25 * fps)[..., 0].repeat(frame, 1)
+    fall = np.linspace(1.05, 0.95, T)
+    step = pitch * (fall + 0.02 * wander * np.sqrt(0.25 * fps)) / rate         # turns a sample
+    phase = (np.cumsum(step, 1) + rng.random((B, 1))) % 1
+    noise = rng.standard_normal((B, T), np.float32)
+    source = voiced * (saw(phase, step) + breath * noise) + hiss * noise
+    source = np.ascontiguousarray(source.T, np.float32)                        # (T, B)
+
+    # Filter: three resonators in a row. All utterances take a step together.
+    r = np.exp(-np.pi * tuning[..., 3:] / rate)
+    b = 2 * r * np.cos(2 * np.pi * np.minimum(tuning[..., :3] / rate, 0.47))
+    c = -r * r
+    resonators = np.ascontiguousarray(np.stack([1 - b - c, b, c]).transpose(2, 3, 0, 1))
+    last, older = np.zeros((2, 3, B), np.float32)
+    wave = np.empty((T, B), np.float32)
+    for t in range(T):
+        x = source[t]
+        for k, (gain, b, c) in enumerate(resonators[t // frame]):
+            x = gain * x + b * last[k] + c * older[k]
+            older[k], last[k] = last[k], x
+        wave[t] = x
+    wave = wave.T * (0.09 / np.sqrt((wave.T ** 2).mean(1, keepdims=True)))
+    return (wave + 5e-4 * noise[::-1]).clip(-1, 1)     # a little noise of the room
+
+
+def saw(phase, step):
+    """A falling saw tooth, its jump rounded over two samples so that it does not alias."""
+    wave = 1 - 2 * phase
+    after, before = phase / step, (1 - phase) / step   # samples since, and until, the jump
+    wave -= np.where(after < 1, (1 - after) ** 2, 0)
+    return wave + np.where(before < 1, (1 - before) ** 2, 0)
+
+
+def smooth(x, width):
+    """Mean over a window of `width` samples around each one, twice: (B, T, C) -> (B, T, C)."""
+    half = int(width) // 4 + 1
+    for _ in range(2):
+        padded = np.pad(x, ((0, 0), (half + 1, half), (0, 0)), "edge")
+        total = np.cumsum(padded, 1, dtype=np.float64)
+        x = (total[:, 2 * half + 1:] - total[:, :-2 * half - 1]) / (2 * half + 1)
+    return x.astype(np.float32)
+
+
+# ---------------------------------------------------------------------------------------------
+# Waveforms: mu-law, resampling, reading and writing WAV files
+# ---------------------------------------------------------------------------------------------
+
+
+def mu_law(x):
+    """x in [-1, 1] -> 256 levels, fine near zero and coarse near one, as uint8 (like WaveNet's)."""
+    y = x.sign() * (255 * x.clamp(-1, 1).abs()).log1p() / math.log(256)
+    return ((y + 1) / 2 * 255).round().to(torch.uint8)
+
+
+def inverse_mu_law(levels):
+    """0 .. 255 -> float32 in [-1, 1]."""
+    y = levels.float() / 255 * 2 - 1
+    return y.sign() * (256 ** y.abs() - 1) / 255
+
+
+def resample(x, old, new, zeros=16):
+    """x (T,) float32 at `old` Hz -> (ceil(T * new / old),) at `new` Hz, band-limited.
+
+    Output n is the ideal low-pass filter, a sinc windowed after `zeros` zero crossings, centred
+    at time n / new. With old : new = M : L in lowest terms, only L different filters occur: a
+    convolution with L channels and stride M.
+    """
+    if old == new:
+        return x
+    g = math.gcd(old, new)
+    M, L = old // g, new // g
+    cutoff = 0.95 * min(1, L / M)                      # of the input's Nyquist rate
+    reach = math.ceil(zeros / cutoff)                  # input samples to each side
+    # Filter l is for outputs l, l + L, ..: (l * M / L) input samples after its window's start.
+    at = torch.arange(-reach, reach + M, dtype=torch.float64) - (
+        torch.arange(L, dtype=torch.float64)[:, None] * M / L)         # (L, taps)
+    window = torch.cos(at / (reach + 1) * math.pi / 2).square() * (at.abs() < reach + 1)
+    filters = (cutoff * torch.sinc(cutoff * at) * window).float()
+    x = torch.as_tensor(x, dtype=torch.float32)
+    padded = F.pad(x, (reach, reach + M))[None, None]
+    y = F.conv1d(padded, filters[:, None], stride=M)   # (1, L, T / M)
+    return y[0].t().flatten()[:-(-len(x) * L // M)].numpy()
+
+
+def read_wav(path):
+    """-> (T,) float32 in [-1, 1], the mean of all channels, and the rate in Hz."""
+    try:
+        data = bytearray(path.read_bytes())
+        # "Extensible" PCM, what 24-bit files usually are: the same samples under another tag,
+        # which Python's reader knows from 3.12 on only.
+        at = data.find(b"fmt ", 0, 100)
+        if at > 0 and data[at + 8:at + 10] == b"\xfe\xff" and data[at + 32:at + 34] == b"\1\0":
+            data[at + 8:at + 10] = b"\1\0"
+        with wave.open(io.BytesIO(data)) as file:
+            channels, width, rate = file.getparams()[:3]
+            raw = np.frombuffer(file.readframes(file.getnframes()), np.uint8)
+    except (wave.Error, OSError, EOFError, RuntimeError) as e:
+        stop(f"{path}: not a readable PCM WAV file ({str(e) or 'it ends early'}); "
+             "ffmpeg -i in.wav -c:a pcm_s16le out.wav makes one")
+    if not 1 <= width <= 4 or not channels or not rate:
+        stop(f"{path}: {channels} channels of {8 * width} bits at {rate} Hz; reads PCM of 8, 16, "
+             "24 and 32 bits")
+    raw = raw[:len(raw) // (width * channels) * width * channels].reshape(-1, channels, width)
+    # Little-endian: put the bytes on top of an int32. 8 bits are unsigned, the others signed.
+    full = np.zeros((*raw.shape[:2], 4), np.uint8)
+    full[..., 4 - width:] = raw ^ 128 if width == 1 else raw
+    return full.view("<i4")[..., 0].mean(1, dtype=np.float32) / 2 ** 31, rate
+
+
+def write_wav(path, x, rate):
+    """x (T,) in [-1, 1] as 16 bits."""
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(rate)
+        file.writeframes((x.clamp(-1, 1) * 32767).round().short().cpu().numpy().tobytes())
+
+
+# ---------------------------------------------------------------------------------------------
+# The data: one stream of speech for each speaker
+# ---------------------------------------------------------------------------------------------
+
+
+class Speech:
+    """What one part, training or test, has of every speaker: its utterances in a row.
+
+    Joined, an utterance's length does not matter; windows are cut anywhere within a speaker.
+
+    wave (S,) uint8: mu-law levels, all speakers one after the other. lengths: each one's share,
+    a multiple of the hop. phones (S,) uint8: an index into the phones' names, or UNLABELLED.
+    """
+
+    def __init__(self, waves, phones, hop):
+        self.lengths = [len(w) // hop * hop for w in waves]
+        self.wave = mu_law(torch.cat([torch.as_tensor(w[:n]) for w, n in zip(waves, self.lengths)]))
+        self.phones = torch.from_numpy(np.concatenate([p[:n] for p, n in zip(phones, self.lengths)]))
+
+
+def windows(lengths, size, step):
+    """Where windows of that size start in streams joined end to end, and in which stream each one
+    lies: two (N,) int64."""
+    starts, owners, first = [], [], 0
+    for k, length in enumerate(lengths):
+        start = torch.arange(first, first + length - size + 1, step)
+        starts.append(start)
+        owners.append(torch.full_like(start, k))
+        first += length
+    return torch.cat(starts), torch.cat(owners)
+
+
+def cut(stream, starts, size):
+    """The windows themselves: (N, size)."""
+    return stream[starts[:, None] + torch.arange(size, device=stream.device)]
+
+
+def load_data(args, run):
+    """-> training and test Speech, the speakers' names, the phones' names ([] without labels)."""
+    rate = args.sample_rate
+    if args.data is None:
+        waves, owner, labels = demo_speech(args.demo_utterances, args.seed, args.clip / rate, rate)
+        speakers, phones = list(VOICES), list(PHONES)
+        files = [[(w, p) for w, p, k in zip(waves, labels, owner) if k == s]
+                 for s in range(len(speakers))]
+    else:
+        speakers, files, phones = read_folder(Path(args.data), args, run)
+    parts = [hold_out(name, of_one, args) for name, of_one in zip(speakers, files)]
+    train, test = (Speech(*zip(*part), args.hop) for part in zip(*parts))
+    return train, test, speakers, phones
+
+
+def hold_out(name, files, args):
+    """One speaker's files -> its training and its test stream, each (wave, phones)."""
+    test = [f for i, f in enumerate(files) if i % 10 == 9]
+    train = [f for i, f in enumerate(files) if i % 10 != 9]
+    if sum(len(w) for w, _ in test) < args.clip:       # too few files: hold out the end instead
+        joined = [np.concatenate(a) for a in zip(*files)]
+        n = max(args.clip, len(joined[0]) // 10)
+        train, test = [[a[:-n] for a in joined]], [[a[-n:] for a in joined]]
+    train, test = ([np.concatenate(a) for a in zip(*part)] for part in (train, test))
+    needed = max(args.crop, args.clip)
+    if len(train[0]) < needed:
+        rate = args.sample_rate
+        have = sum(len(w) for w, _ in files) / rate
+        stop(f"speaker {name}: {have:.1f} s of speech, needs {(needed + args.clip) / rate:.1f} s: "
+             f"{args.clip / rate:.1f} s for a test clip (--clip) and {needed / rate:.1f} s to train")
+    return train, test
+
+
+def read_folder(path, args, run):
+    """DIR/<speaker>/**/*.wav -> names, each one's [(wave, phones)], names of the phones."""
+    if not path.is_dir():
+        stop(f"--data {path}: no such folder")
+    found = sorted(p for p in path.rglob("*") if p.suffix.lower() == ".wav" and p.is_file())
+    if not found:
+        flac = next((p for p in path.rglob("*") if p.suffix.lower() == ".flac"), None)
+        if flac:
+            stop(f"--data {path}: FLAC files only, such as {flac}; convert each with "
+                 "ffmpeg -i in.flac out.wav")
+        stop(f"--data {path}: no WAV files; needs a folder of them for each speaker")
+    loose = [p for p in found if p.parent == path]
+    if loose:
+        stop(f"{loose[0]}: lies outside the speakers' folders; needs {path}/<speaker>/*.wav")
+    speakers = sorted({p.relative_to(path).parts[0] for p in found})
+    names, files, rates = ([] if args.labels else None), [[] for _ in speakers], {}
+    for file in found:
+        x, rate = read_wav(file)
+        rates[rate] = rates.get(rate, 0) + 1
+        label = np.full(-(-len(x) * args.sample_rate // rate), UNLABELLED, np.uint8)
+        if args.labels:
+            lab = Path(args.labels) / file.relative_to(path).with_suffix(".lab")
+            read_labels(lab, label, names, args.sample_rate)
+        x = resample(x, rate, args.sample_rate)
+        files[speakers.index(file.relative_to(path).parts[0])].append((x, label))
+    for of_one in files:                               # recordings differ in level: bring each
+        power = [np.square(x).mean() for x, _ in of_one if len(x)]     # speaker to the same one
+        gain = 0.09 / max(math.sqrt(sum(power) / max(1, len(power))), 1e-4)
+        of_one[:] = [(x * gain, label) for x, label in of_one]
+    other = ", ".join(f"{n} of {r} Hz" for r, n in sorted(rates.items()) if r != args.sample_rate)
+    run.say(f"{len(found)} WAV files of {len(speakers)} speakers"
+            + (f"; resampled to {args.sample_rate} Hz: {other}" if other else ""))
+    return speakers, files, names or []
+
+
+def read_labels(lab, label, names, rate):
+    """Fill `label` (T,) from lines of `end phone` or `start end phone`, in seconds."""
+    try:
+        lines = [line.split() for line in lab.read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as e:
+        stop(f"{lab}: no readable labels ({getattr(e, 'strerror', None) or 'not a text file'})")
+    last, seconds = 0.0, len(label) / rate
+    for number, words in enumerate(lines, 1):
+        try:
+            *times, phone = words
+            start, end = (last, *map(float, times))[-2:]
+            if not (len(times) in (1, 2) and 0 <= start <= end and start >= last - 1e-3):
+                raise ValueError
+        except ValueError:
+            stop(f"{lab}, line {number}: '{' '.join(words)}'; needs 'end phone' or 'start end "
+                 "phone', in seconds, in order")
+        if end > seconds + 0.05:
+            stop(f"{lab}, line {number}: ends at {end:g} s, but its WAV lasts {seconds:.2f} s")
+        if phone not in names:
+            names.append(phone)
+        if len(names) > UNLABELLED:
+            stop(f"{lab}, line {number}: more than {UNLABELLED} different phones")
+        label[round(start * rate):round(end * rate)] = names.index(phone)
+        last = end
+
+
+# ---------------------------------------------------------------------------------------------
+# The model
+# ---------------------------------------------------------------------------------------------
+
+
+class SpeechVQVAE(nn.Module):
+    """Encoder (strided convolutions), quantiser, and WaveNet decoder p(x | z_q, speaker).
+
+    x (B, T) uint8 mu-law levels, T a multiple of the product of the strides; speaker (B,) int64.
+    """
+
+    def __init__(self, args, speakers):
+        super().__init__()
+        Quantizer = {"loss": VectorQuantizer, "ema": VectorQuantizerEMA}[args.codebook]
+        # The batch norm has no weights; it is not in the paper. A WaveNet can do without the
+        # latents at first, and the encoder is then pushed about until its outputs are far from
+        # the codebook and all fall to one code. Held at mean 0 and variance 1 they stay near it.
+        self.encoder = nn.Sequential(
+            Encoder(1, args.hidden, args.hidden // 2, args.code_dim, args.strides, ndim=1),
+            nn.BatchNorm1d(args.code_dim, affine=False))
+        self.quantizer = Quantizer(args.num_codes, args.code_dim, beta=args.beta)
+        # The decoder may look at the codes before and after: all of them are known to it.
+        self.context = nn.Sequential(nn.Conv1d(args.code_dim, args.channels, 3, padding=1),
+                                     nn.ReLU())
+        self.decoder = WaveNet(256, args.channels, args.layers, args.cycle,
+                               skip_channels=args.skip_channels, cond_channels=args.channels,
+                               num_speakers=speakers)
+
+    def forward(self, x, speaker):
+        q = self.quantizer(self.encoder(to_unit(x).unsqueeze(1)))      # codes (B, N)
+        logits = self.decoder(x.long(), self.context(q.z_q), speaker)  # (B, 256, T)
+        nll = F.cross_entropy(logits.float(), x.long(), reduction="none").sum(1)
+        # As in VQVAE.forward: all terms of eq. 3 for each latent.
+        return Output(nll.mean() / q.codes.shape[1] + q.loss, nll, logits, q.codes)
+
+    @torch.no_grad()
+    def encode(self, x):
+        """(B, T) uint8 -> codes (B, N)."""
+        return self.quantizer(self.encoder(to_unit(x).unsqueeze(1))).codes
+
+    @torch.no_grad()
+    def bits(self, x, codes, speaker):
+        """-log2 p(x | codes, speaker) a sample, with the true past as input: (B,)."""
+        logits = self.decoder(x.long(), self.context(self.quantizer.lookup(codes)), speaker)
+        return F.cross_entropy(logits, x.long(), reduction="none").mean(1) / math.log(2)
+
+    @torch.no_grad()
+    def sample(self, codes, speaker, length, generator):
+        """Draw x ~ p(x | codes, speaker): (B, length) uint8."""
+        cond = self.context(self.quantizer.lookup(codes))
+        return self.decoder.sample(len(codes), length, cond, speaker,
+                                   generator=generator).to(torch.uint8)
+
+
+class SpeakerClassifier(nn.Sequential):
+    """A small network on the log spectrogram, taught who speaks by real utterances, to judge
+    converted ones."""
+
+    def __init__(self, speakers):
+        super().__init__(nn.Conv1d(129, 64, 3, 2), nn.BatchNorm1d(64), nn.ReLU(),
+                         nn.Conv1d(64, 64, 3, 2), nn.BatchNorm1d(64), nn.ReLU(),
+                         nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(64, speakers))
+
+    def forward(self, x):                              # (B, T) levels -> (B, speakers)
+        window = torch.hann_window(256, device=x.device)
+        power = torch.stft(inverse_mu_law(x), 256, 128, window=window, return_complex=True)
+        return super().forward((power.abs() + 1e-3).log())
+
+    @torch.no_grad()
+    def accuracy(self, x, speaker):
+        right = [(self(a).argmax(1) == s) for a, s in zip(x.split(64), speaker.split(64))]
+        return torch.cat(right).float().mean().item()
+
+
+# ---------------------------------------------------------------------------------------------
+# The experiments
+# ---------------------------------------------------------------------------------------------
+
+
+def strides(text):
+    """argparse type: 2,2,5 -> (2, 2, 5)."""
+    return tuple(positive(int)(s) for s in text.split(","))
+
+
+def make_parser():
+    parser = Parser("audio", PRESETS, description=__doc__)
+    flag = parser.add_argument
+    flag("--labels", metavar="DIR", help="phone alignments of --data: <speaker>/../<name>.lab with "
+         "lines 'end phone' or 'start end phone', in seconds")
+    flag("--experiments", nargs="+", choices=EXPERIMENTS, default=EXPERIMENTS, help="default: all")
+    flag("--sample-rate", type=positive(int), help="Hz; files of another rate are resampled")
+    flag("--strides", type=strides, help="one for each convolution of the encoder (paper "
+         "2,2,2,2,2,2); their product is the hop, the samples that share a code")
+    flag("--codebook", choices=["loss", "ema"], default="ema", help="how the codebook learns: by "
+         "eq. 3, term 2 (the paper's experiments) or moving averages (A.1, default)")
+    flag("--num-codes", type=positive(int), help="K (paper 512; 128 for phonemes)")
+    flag("--code-dim", type=positive(int), help="D (not in the paper)")
+    flag("--beta", type=positive(float), default=0.25, help="weight of the commitment term "
+         "(default and paper 0.25)")
+    flag("--hidden", type=positive(int), help="channels of the encoder")
+    flag("--channels", type=positive(int), help="residual channels of the decoder")
+    flag("--skip-channels", type=positive(int), help="skip channels of the decoder")
+    flag("--layers", type=positive(int), help="layers of the decoder")
+    flag("--cycle", type=positive(int), help="its dilations are 1, 2 .. 2^(CYCLE-1), and again")
+    flag("--prior-channels", type=positive(int), help="residual channels of the prior")
+    flag("--crop", type=positive(int), help="samples of a training example")
+    flag("--clip", type=positive(int), help="samples of a test clip, and of what the prior learns "
+         "as one piece (paper 40,960)")
+    flag("--test-clips", type=positive(int), help="clips that are reconstructed and converted")
+    flag("--demo-utterances", type=positive(int), default=280, help="of --clip samples, a tenth of "
+         "them for testing")
+    return parser
+
+
+def main():
+    run = Run(make_parser())
+    args = run.args
+    args.hop = math.prod(args.strides)
+    for name in ("crop", "clip"):
+        if getattr(args, name) % args.hop:
+            stop(f"--{name} {getattr(args, name)} is no multiple of {args.hop}, the product of "
+                 "--strides")
+    if args.labels and not args.data:
+        stop("--labels belongs to --data; the demo has labels of its own")
+    train, test, speakers, phones = load_data(args, run)
+    wave = train.wave.to(run.device)
+    starts, owners = (a.to(run.device) for a in windows(train.lengths, args.crop,
+                                                        max(1, args.hop // 4)))
+    model = SpeechVQVAE(args, len(speakers)).to(run.device)
+    N = args.clip // args.hop                          # codes of a clip
+    prior = WaveNet(args.num_codes, args.prior_channels, *prior_size(N),
+                    skip_channels=2 * args.prior_channels)
+    run.say(f"{len(train.wave) / args.sample_rate / 60:.1f} minutes of training speech and "
+            f"{len(test.wave) / args.sample_rate / 60:.1f} for testing, {len(speakers)} speakers, "
+            f"{args.sample_rate / args.hop:g} codes a second; {weights(model):,} weights in the "
+            f"VQ-VAE, {weights(prior):,} in the prior; its decoder sees "
+            f"{model.decoder.receptive_field} samples")
+
+    # Stage one: the VQ-VAE, with the prior "kept constant and uniform".
+    run.fit("vqvae", model, lambda net, i: vqvae_loss(
+        net, cut(wave, starts[i], args.crop), owners[i], args), len(starts), args.steps,
+        args.batch_size, args.lr)
+    model.requires_grad_(False)                        # stage one is over
+    if run.world > 1:                                  # the norm's averages differ a little
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+    # Stage two: the codes, once, and the prior on them.
+    codes, test_codes = (encode_all(model, part, args) for part in (train, test))
+    metrics = {"seconds": 0, "num_codes": args.num_codes, **code_usage(test_codes, args)}
+    if "prior" in args.experiments:
+        pieces, _ = windows([n // args.hop for n in train.lengths], N, 1)
+        run.fit("prior", prior, lambda net, i: prior_loss(net, cut(codes, pieces[i].to(run.device), N)),
+                len(pieces), args.prior_steps, args.batch_size, args.lr)
+    classifier = SpeakerClassifier(len(speakers))
+    if "conversion" in args.experiments and len(speakers) > 1:
+        long, who = (a.to(run.device) for a in windows(train.lengths, args.clip, args.hop))
+        run.fit("classifier", classifier, lambda net, i: (
+            F.cross_entropy(net(cut(wave, long[i], args.clip)), who[i]), {}), len(long), 200,
+            args.batch_size, 1e-3)
+    if run.rank == 0:
+        report(run, model, prior, classifier, (train, codes), (test, test_codes), speakers, phones,
+               metrics)
+
+
+def weights(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def prior_size(length):
+    """Layers and cycle of a prior whose two cycles of dilations see `length` codes."""
+    cycle = max(1, math.ceil(math.log2(length / 2)))
+    return 2 * cycle, cycle
+
+
+def vqvae_loss(net, x, speaker, args):
+    y = net(x, speaker)
+    return y.loss, {"bits_per_sample": y.nll.detach().mean() / x.shape[1] / math.log(2),
+                    "codes_used": count_codes(y.codes, args.num_codes)}
+
+
+def prior_loss(net, codes):
+    loss = F.cross_entropy(net(codes), codes)          # nats a code
+    return loss, {"bits_per_code": loss.detach() / math.log(2)}
+
+
+@torch.no_grad()
+def encode_all(model, speech, args):
+    """The codes of every stream, joined like the streams: (S / hop,)."""
+    device = next(model.parameters()).device
+    piece = max(1, 2 ** 16 // args.hop) * args.hop     # a piece at a time, to bound the memory
+    return torch.cat([model.encode(x.to(device)[None])[0]
+                      for stream in speech.wave.split(speech.lengths) for x in stream.split(piece)])
+
+
+def code_usage(codes, args):
+    counts = count_codes(codes, args.num_codes)
+    return {"codes_used": int((counts > 0).sum()), "perplexity": perplexity(counts).item(),
+            "unigram_bits_per_code": perplexity(counts).log2().item()}
+
+
+def phone_map(codes, phones, args, count):
+    """Experiment 4: each code's most likely phone on training data, "by taking the conditionally
+    most likely phoneme". -> table p (K, phones) of joint counts."""
+    keep = phones != UNLABELLED
+    table = torch.zeros(args.num_codes, count)
+    at = (codes.cpu()[keep], phones.long()[keep])
+    return table.index_put_(at, torch.ones(()), accumulate=True)
+
+
+def phone_accuracy(table, codes, phones):
+    """Share of right phones, read through the map, among codes that have a label."""
+    keep = phones != UNLABELLED
+    return (table.argmax(1)[codes.cpu()] == phones)[keep].float().mean().item()
+
+
+def middle(phones, hop):
+    """The phone in the middle of each code's window: (..., S) -> (..., S / hop)."""
+    return phones[..., hop // 2::hop]
+
+
+def pitch(x, rate):
+    """Median pitch in Hz of the voiced frames of each x (B, T) in [-1, 1]: (B,), NaN if none.
+
+    By autocorrelation: a frame is voiced if some delay of 1/400 to 1/60 s repeats it well.
+    """
+    size = rate // 16                                  # 62 ms: four periods at 64 Hz
+    frames = x.unfold(1, size, size // 4)              # (B, frames, size)
+    frames = frames - frames.mean(2, keepdim=True)
+    power = torch.fft.rfft(frames, 2 * size).abs().square()
+    r = torch.fft.irfft(power)[..., :size]             # (B, frames, delays)
+    first = rate // 400
+    peak, delay = r[..., first:rate // 60].max(2)
+    loud = r[..., 0] > 0.05 * r[..., 0].amax(1, keepdim=True)
+    voiced = loud & (peak > 0.5 * r[..., 0])
+    return torch.where(voiced, rate / (delay + first), math.nan).nanmedian(1).values
+
+
+@torch.no_grad()
+def report(run, model, prior, classifier, train, test, speakers, phones, metrics):
+    """All measurements, WAV files and pictures, and metrics.json."""
+    args, device, rate = run.args, run.device, run.args.sample_rate
+    (train, codes), (test, test_codes) = train, test
+    N, S, wanted = args.clip // args.hop, len(speakers), set(args.experiments)
+    generator = torch.Generator(device).manual_seed(args.seed)
+    # Test clips, of all speakers alike many.
+    starts, owners = windows(test.lengths, args.clip, args.clip)
+    share = -(-args.test_clips // S)
+    pick = torch.cat([torch.nonzero(owners == s)[:share, 0] for s in range(S)])[:args.test_clips]
+    starts, owners = starts[pick], owners[pick].to(device)
+    clips = cut(test.wave, starts, args.clip).to(device)
+    clip_codes = model.encode(clips)
+    clip_phones = middle(cut(test.phones, starts, args.clip), args.hop)
+
+    def bits(codes, speaker):
+        return torch.cat([model.bits(*a) for a in zip(clips.split(4), codes.split(4),
+                                                      speaker.split(4))]).mean().item()
+    metrics["bits_per_sample"] = bits(clip_codes, owners)
+    metrics["bits_per_sample_other_codes"] = bits(clip_codes.roll(1, 0), owners)
+    if S > 1:
+        metrics["bits_per_sample_wrong_speaker"] = bits(clip_codes, (owners + 1) % S)
+    if "phonemes" in wanted and phones:
+        table = phone_map(codes, middle(train.phones, args.hop), args, len(phones))
+        truth = middle(test.phones, args.hop)
+        metrics["phone_accuracy"] = phone_accuracy(table, test_codes, truth)
+        most = table.sum(0).argmax()
+        metrics["phone_baseline"] = (truth == most)[truth != UNLABELLED].float().mean().item()
+        phone_picture(run.out / "phones.png", table, phones)
+    if "prior" in wanted:
+        pieces, _ = windows([n // args.hop for n in test.lengths], N, N)
+        held_out = cut(test_codes, pieces.to(device), N)
+        metrics["prior_bits_per_code"] = torch.stack(
+            [prior_loss(prior, c[None])[0] for c in held_out]).mean().item() / math.log(2)
+
+    # Experiments 1 and 2: every clip decoded with every voice, its own among them.
+    voices = range(S) if "conversion" in wanted else [None]
+    drawn = torch.stack([draw(run, model, clip_codes, owners if v is None else
+                              torch.full_like(owners, v), generator) for v in voices], 1)
+    own = owners if "conversion" in wanted else torch.zeros_like(owners)
+    index = torch.arange(len(clips), device=device)
+    rows = [(clips[i], drawn[i, own[i]], drawn[i, (own[i] + 1) % len(voices)])
+            for i in [int((owners == s).nonzero()[0]) for s in owners.unique()[:4]]]
+    if "conversion" in wanted and S > 1:
+        other = owners[:, None] != torch.arange(S, device=device)      # (clips, voices)
+        metrics.update(judge(model, classifier, clips, owners, drawn, other, rate))
+        if "phone_accuracy" in metrics:
+            again = model.encode(drawn[other])
+            metrics["converted_phone_accuracy"] = phone_accuracy(
+                table, again, clip_phones.repeat_interleave(S - 1, 0))
+    if "prior" in wanted:                              # experiment 3
+        babble = prior.sample(min(S, 4), N, generator=generator)
+        babble = draw(run, model, babble, torch.arange(len(babble), device=device), generator)
+    metrics["seconds"] = round(run.seconds, 1)
+    run.write("metrics.json", json.dumps(metrics, indent=1))
+    run.write_curves()
+    pictures(run, rows, owners, speakers, babble if "prior" in wanted else None)
+    for name, value in metrics.items():
+        run.say(f"{name:30} {value:.4g}" if isinstance(value, float) else f"{name:30} {value}")
+    run.say(f"sounds, pictures and numbers are in {run.out}")
+
+
+def draw(run, model, codes, speaker, generator, batch=256):
+    """Sample speech for codes (B, N), 256 at a time: (B, T) uint8."""
+    run.say(f"drawing {len(codes)} clips of {codes.shape[1] * run.args.hop} samples")
+    return torch.cat([model.sample(c, s, c.shape[1] * run.args.hop, generator)
+                      for c, s in zip(codes.split(batch), speaker.split(batch))])
+
+
+def judge(model, classifier, clips, owners, drawn, other, rate):
+    """How well every clip took on every other voice: drawn (clips, voices, T)."""
+    S = drawn.shape[1]
+    targets = torch.arange(S, device=clips.device).expand(len(clips), S)
+    real = pitch(inverse_mu_law(clips), rate)          # (clips,)
+    typical = torch.stack([real[owners == s].nanmedian() for s in range(S)])
+    got = pitch(inverse_mu_law(drawn.flatten(0, 1)), rate).view(-1, S)
+    away = 12 * (got / typical).log2().abs()           # semitones, from the voice asked for
+    before = 12 * (real[:, None] / typical).log2().abs()
+    return {"real_speaker_accuracy": classifier.accuracy(clips, owners),
+            "converted_speaker_accuracy": classifier.accuracy(drawn[other], targets[other]),
+            "converted_pitch_error": away[other].nanmean().item(),
+            "unconverted_pitch_error": before[other].nanmean().item(),
+            **{f"pitch_voice_{s}": typical[s].item() for s in range(min(S, 8))},
+            **{f"pitch_converted_to_{s}": got[other[:, s], s].nanmedian().item()
+               for s in range(min(S, 8))}}
+
+
+def pictures(run, rows, owners, speakers, babble):
+    """WAV files, the paper's fig. 6 for some clips, and what the prior says by itself."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    rate, names = run.args.sample_rate, ("original", "same_speaker", "other_speaker")
+    S = len(speakers)
+
+    def show(wave_axis, axis, levels, title, path):
+        x = inverse_mu_law(levels).cpu()
+        write_wav(run.out / path, x, rate)
+        wave_axis.plot(np.arange(len(x)) / rate, x, linewidth=0.3)
+        wave_axis.set(title=title, ylim=(-1, 1), xlim=(0, len(x) / rate), xticks=[], yticks=[])
+        window = torch.hann_window(256)
+        power = torch.stft(x, 256, 64, window=window, return_complex=True).abs()
+        axis.imshow((power + 1e-3).log(), origin="lower", aspect="auto", cmap="magma", vmin=-5,
+                    vmax=3.5, extent=(0, len(x) / rate, 0, rate / 2000))
+        axis.set(ylabel="kHz")
+
+    def sheet(count, columns):
+        return plt.subplots(2 * count, columns, figsize=(4.5 * columns, 3 * count), squeeze=False,
+                            height_ratios=[1, 2.4] * count, layout="constrained")
+    figure, axes = sheet(len(rows), 3)
+    speaker = owners.unique()[:4].tolist()
+    for i, (row, s) in enumerate(zip(rows, speaker)):
+        voices = (s, s, (s + 1) % S)
+        for k, levels in enumerate(row):
+            show(axes[2 * i, k], axes[2 * i + 1, k], levels,
+                 f"{names[k].replace('_', ' ')}: {speakers[voices[k]]}",
+                 f"clip{i}_{names[k]}_{speakers[voices[k]]}.wav")
+    figure.savefig(run.out / "reconstructions.png", dpi=80)
+    plt.close(figure)
+    if babble is not None:
+        figure, axes = sheet(len(babble), 1)
+        for i, levels in enumerate(babble):
+            show(axes[2 * i, 0], axes[2 * i + 1, 0], levels,
+                 f"codes from the prior, voice {speakers[i]}", f"sample{i}_{speakers[i]}.wav")
+        figure.savefig(run.out / "samples.png", dpi=80)
+        plt.close(figure)
+
+
+def phone_picture(path, table, phones):
+    """p(phone | code), the codes ordered by their most likely phone."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    table = table[table.sum(1) > 0]
+    p = table / table.sum(1, keepdim=True)
+    p = p[(p.argmax(1) - p.amax(1)).argsort()]
+    figure, axis = plt.subplots(figsize=(8, 1.5 + 0.22 * len(phones)), layout="constrained")
+    axis.imshow(p.t(), aspect="auto", vmin=0, vmax=1)
+    axis.set(yticks=range(len(phones)), yticklabels=phones, xlabel="code in use, sorted",
+             title="p(phone | code) on training data")
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()
