@@ -24,7 +24,7 @@ N. Needs torch and nothing else.
     torch.Size([2, 640])
 """
 
-from itertools import cycle, islice
+import itertools
 
 import torch
 import torch.nn as nn
@@ -256,11 +256,11 @@ class WaveNet(nn.Module):
         self.embed = nn.Embedding(num_values, C)
         self.dilated = nn.ModuleList(nn.Conv1d(C, 2 * C, kernel, dilation=d)
                                      for d in self.dilations)
-        self.skip = nn.ModuleList(nn.Conv1d(C, S, 1, bias=False) for _ in range(L))
         # Nothing follows the last layer but its skip path.
         self.out = nn.ModuleList(nn.Conv1d(C, C, 1, bias=False) for _ in range(L - 1))
-        self.head = nn.Sequential(nn.ReLU(), nn.Conv1d(S, S, 1), nn.ReLU(),
-                                  nn.Conv1d(S, num_values, 1))
+        # [37] sums a 1x1 convolution of each layer: that is one of all layers side by side.
+        self.head = nn.Sequential(nn.Conv1d(L * C, S, 1), nn.ReLU(), nn.Conv1d(S, S, 1),
+                                  nn.ReLU(), nn.Conv1d(S, num_values, 1))
         # What conditioning adds inside the gates, for all layers at once.
         self.cond = nn.Conv1d(cond_channels, L * 2 * C, 1, bias=False) if cond_channels else None
         self.speaker = nn.Embedding(num_speakers, L * 2 * C) if num_speakers else None
@@ -279,7 +279,7 @@ class WaveNet(nn.Module):
         self.check(x.shape[1], cond, speaker)
         h = F.pad(self.embed(x).transpose(1, 2), (1, -1))              # (B, C, T): t holds t-1
         biases = self.bias(cond, speaker)
-        skips = 0
+        skips = []
         for l, d in enumerate(self.dilations):
             a = self.dilated[l](F.pad(h, ((self.kernel - 1) * d, 0)))  # (B, 2C, T)
             if biases is not None:
@@ -287,11 +287,10 @@ class WaveNet(nn.Module):
                 # rate of x, and the repeated tensor never exists.
                 bias = biases[:, l].unsqueeze(3)                       # (B, 2C, N, 1)
                 a = (a.unflatten(2, (bias.shape[2], -1)) + bias).flatten(2)
-            z = gate(a)                                                # (B, C, T)
-            skips = skips + self.skip[l](z)                            # (B, S, T)
+            skips.append(gate(a))                                      # (B, C, T)
             if l + 1 < len(self.dilations):
-                h = h + self.out[l](z)
-        return self.head(skips)
+                h = h + self.out[l](skips[l])
+        return self.head(torch.cat(skips, 1))
 
     def bias(self, cond, speaker):
         """What conditioning adds inside the gates: (B, L, 2C, N), N = 1 for the speaker alone."""
@@ -339,7 +338,7 @@ class WaveNet(nn.Module):
         samples = zip(x, self.noise(batch, length, generator))
         with torch.inference_mode():  # a fifth off the cost of a small operation
             for bias in self.frames(cond, speaker):                    # (L, B, 2C)
-                for x_t, noise in islice(samples, rate):               # the samples of this frame
+                for x_t, noise in itertools.islice(samples, rate):     # those of this frame
                     x_t.copy_(draw(step(before, bias), noise, temperature))
                     before = x_t
         return x.t().contiguous()
@@ -353,58 +352,60 @@ class WaveNet(nn.Module):
         wait for the layer below (the past, the skips) is one product over all layers, and four
         operations a layer are left, each into memory laid out here.
         """
-        B, C, L, new = batch, self.channels, len(self.dilations), self.embed.weight.new_zeros
-        past, now, out, skip, (enter, enter_bias), (logit, logit_bias) = self.step_weights()
-        read, write = self.taps()
-        ring = new((self.kernel - 1) * sum(self.dilations), B, C)
-        old, sums = new(self.kernel - 1, L, B, C), new(L, B, 2 * C)
+        B, C, L, taps = batch, self.channels, len(self.dilations), self.kernel - 1
+        past, now, out, (skip, skip_bias), (mix, mix_bias), (logit, logit_bias) = self.matrices()
+        read, write = self.rows()
+        new, table = self.embed.weight.new_zeros, self.embed.weight
+        ring = new(taps * sum(self.dilations), B, C)
+        old, known = new(taps * L, B, C), new(L, B, 2 * C)  # read from ring; sums before `now`
         h, gates, z = new(L, B, C), new(B, 2 * C), new(B, L * C)
-        table, h_0, olds, old, (a, b) = self.embed.weight, h[0], list(old), old.flatten(0, 1), \
-            gates.chunk(2, 1)
-        layers = list(zip(sums, now, h, z.split(C, 1), [*out, None], [*h[1:], None]))
+        a, b = gates.chunk(2, 1)
+        past = list(zip(old.split(L), past))
+        layers = list(zip(known, now, h, z.split(C, 1), [*out, None], [*h[1:], None]))
+        h_0 = h[0]                                     # zero at t = 0
 
         def step(before, bias):
-            if before is not None:  # h_0 is zero at t = 0
+            if before is not None:
                 torch.index_select(table, 0, before, out=h_0)
             torch.index_select(ring, 0, next(read), out=old)
-            for taps, w in zip(olds, past):
-                bias = torch.baddbmm(bias, taps, w, out=sums)
-            for sum_l, now_l, h_l, z_l, out_l, above in layers:
-                torch.addmm(sum_l, h_l, now_l, out=gates).sigmoid_()
-                torch.addcmul(b, a, b, value=-2, out=z_l)              # -z: see step_weights
+            for tap, w in past:
+                bias = torch.baddbmm(bias, tap, w, out=known)
+            for known_l, now_l, h_l, z_l, out_l, above in layers:
+                torch.addmm(known_l, h_l, now_l, out=gates).sigmoid_()
+                torch.addcmul(b, a, b, value=-2, out=z_l)              # -z, see matrices
                 if above is not None:
-                    torch.addmm(h_l, z_l, out_l, out=above)
+                    torch.addmm(h_l, z_l, out_l, alpha=-1, out=above)
             ring.index_copy_(0, next(write), h)
-            s = F.relu_(z @ skip)                                      # (B, S)
-            s = F.relu_(torch.addmm(enter_bias, s, enter))
+            s = F.relu_(torch.addmm(skip_bias, z, skip, alpha=-1))     # (B, S)
+            s = F.relu_(torch.addmm(mix_bias, s, mix))
             return torch.addmm(logit_bias, s, logit)
 
         return step
 
-    def step_weights(self):
+    def matrices(self):
         """All weights of a step as matrices (in, out), the tanh folded into the sigmoid.
 
         tanh(a) = 2 sigmoid(2a) - 1, so with s = sigmoid(2a), tanh(a) sigmoid(b) is
-        2 s sigmoid(b) - sigmoid(b): double what makes a, negate the matrices after it, and one
-        sigmoid does both. (PixelCNN folds the other way; a CPU takes three times as long for tanh.)
+        2 s sigmoid(b) - sigmoid(b): double what makes a, and one sigmoid does both. (PixelCNN
+        folds the other way round. A CPU takes up to three times as long for tanh.)
         """
         w = torch.stack([conv.weight for conv in self.dilated])        # (L, 2C, C, kernel)
         w[:, :self.channels] *= 2
         *past, now = w.permute(3, 0, 2, 1).contiguous()                # each (L, C, 2C)
-        out = [-conv.weight.squeeze(2).t().contiguous() for conv in self.out]  # each (C, C)
-        skip = -torch.cat([conv.weight.squeeze(2).t() for conv in self.skip])  # (L*C, S)
-        head = [(conv.weight.squeeze(2).t().contiguous(), conv.bias) for conv in self.head[1::2]]
-        return past[::-1], now, out, skip, *head                       # past: d, 2d, .. steps ago
+        out = [conv.weight.squeeze(2).t().contiguous() for conv in self.out]   # each (C, C)
+        head = [(conv.weight.squeeze(2).t().contiguous(), conv.bias) for conv in self.head[::2]]
+        return past[::-1], now, out, *head                             # past: d, 2d, .. steps ago
 
-    def taps(self):
+    def rows(self):
         """Rows of `ring` to read at t = 0, 1, .., ((kernel - 1) * L,) each, and to write (L,)."""
         d = torch.tensor(self.dilations, device=self.embed.weight.device)
         size = (self.kernel - 1) * d
         first = size.cumsum(0) - size
-        t = torch.arange(int(size.max()), device=d.device).view(-1, 1, 1)   # then all repeats
-        i = torch.arange(1, self.kernel, device=d.device).view(-1, 1)       # taps, newest first
+        # One period is enough: the dilations are powers of 2, all divide the longest.
+        t = torch.arange(int(size.max()), device=d.device).view(-1, 1, 1)
+        i = torch.arange(1, self.kernel, device=d.device).view(-1, 1)  # taps, newest first
         rows = first + (t - i * d) % size                              # (period, kernel - 1, L)
-        return cycle(rows.flatten(1)), cycle(rows[:, -1])
+        return itertools.cycle(rows.flatten(1)), itertools.cycle(rows[:, -1])
 
     def frames(self, cond, speaker, most=2 ** 24):
         """What the gates get that does not depend on x: (L, B, 2C), frame after frame of cond."""
@@ -415,7 +416,7 @@ class WaveNet(nn.Module):
             biases = self.bias(part, speaker)
             total = own.unsqueeze(0) if biases is None else own + biases       # (B, L, 2C, N)
             total = total.permute(3, 1, 0, 2).contiguous()
-            total[..., :self.channels] *= 2                             # see step_weights
+            total[..., :self.channels] *= 2                            # see matrices
             yield from total
 
     def noise(self, batch, length, generator):

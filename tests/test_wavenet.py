@@ -92,7 +92,7 @@ def by_hand(net, x, cond, speaker, rate):
     C, k, L, T = net.channels, net.kernel, len(net.dilations), len(x)
     h = np.zeros((T, C))
     h[1:] = p["embed.weight"][x[:-1]]
-    skips = np.zeros((T, len(p["skip.0.weight"])))
+    skips = np.tile(p["head.0.bias"], (T, 1))
     for l in range(L):
         mine, after = slice(l * 2 * C, (l + 1) * 2 * C), h.copy()
         for t in range(T):
@@ -103,12 +103,12 @@ def by_hand(net, x, cond, speaker, rate):
                 if past >= 0:
                     a = a + p[f"dilated.{l}.weight"][:, :, tap] @ h[past]
             z = np.tanh(a[:C]) / (1 + np.exp(-a[C:]))
-            skips[t] += p[f"skip.{l}.weight"][:, :, 0] @ z
+            skips[t] += p["head.0.weight"][:, l * C:(l + 1) * C, 0] @ z
             if l + 1 < L:
                 after[t] += p[f"out.{l}.weight"][:, :, 0] @ z
         h = after
-    s = np.maximum(skips, 0) @ p["head.1.weight"][:, :, 0].T + p["head.1.bias"]
-    return (np.maximum(s, 0) @ p["head.3.weight"][:, :, 0].T + p["head.3.bias"]).T
+    s = np.maximum(skips, 0) @ p["head.2.weight"][:, :, 0].T + p["head.2.bias"]
+    return (np.maximum(s, 0) @ p["head.4.weight"][:, :, 0].T + p["head.4.bias"]).T
 
 
 @pytest.mark.parametrize("layers, kernel, rate", [(1, 2, 1), (4, 2, 4), (3, 3, 2)])
