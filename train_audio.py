@@ -33,9 +33,9 @@ PAPER = dict(steps=500_000, prior_steps=250_000, batch_size=16, lr=2e-4, sample_
              num_codes=512, code_dim=64, hidden=256, channels=64, skip_channels=256, layers=30,
              cycle=10, prior_channels=256, crop=10_240, clip=40_960, test_clips=10)
 PRESETS = {
-    # 8 kHz -> 62.5 codes of 5 bits a second, 205 times fewer bits than 8-bit speech.
+    # 8 kHz -> 62.5 codes of 6 bits a second, 171 times fewer bits than 8-bit speech.
     "demo": dict(steps=2400, prior_steps=500, batch_size=8, lr=2e-3, lr_decay=0.5,
-                 sample_rate=8000, strides="2,2,2,2,2,2,2", num_codes=32, code_dim=16, hidden=64,
+                 sample_rate=8000, strides="2,2,2,2,2,2,2", num_codes=64, code_dim=8, hidden=64,
                  channels=32, skip_channels=64, layers=9, cycle=9, prior_channels=64, crop=1024,
                  clip=16_000, test_clips=40),
     # "6 strided convolutions with stride 2": 64x, K = 512. Widths, batch and crop are not in the
@@ -246,19 +246,18 @@ class Speech:
     def __init__(self, waves, phones, hop):
         self.lengths = [len(w) // hop * hop for w in waves]
         self.wave = mu_law(torch.cat([torch.as_tensor(w[:n]) for w, n in zip(waves, self.lengths)]))
-        self.phones = torch.from_numpy(np.concatenate([p[:n] for p, n in zip(phones, self.lengths)]))
+        self.phones = torch.cat([torch.as_tensor(p[:n]) for p, n in zip(phones, self.lengths)])
 
 
-def windows(lengths, size, step):
+def windows(lengths, size, step, device="cpu"):
     """Where windows of that size start in streams joined end to end, and in which stream each one
     lies: two (N,) int64."""
-    starts, owners, first = [], [], 0
-    for k, length in enumerate(lengths):
-        start = torch.arange(first, first + length - size + 1, step)
-        starts.append(start)
-        owners.append(torch.full_like(start, k))
+    starts, first = [], 0
+    for length in lengths:
+        starts.append(torch.arange(first, first + length - size + 1, step))
         first += length
-    return torch.cat(starts), torch.cat(owners)
+    owners = torch.arange(len(lengths)).repeat_interleave(torch.tensor([len(s) for s in starts]))
+    return torch.cat(starts).to(device), owners.to(device)
 
 
 def cut(stream, starts, size):
@@ -295,7 +294,8 @@ def hold_out(name, files, args):
         rate = args.sample_rate
         have = sum(len(w) for w, _ in files) / rate
         stop(f"speaker {name}: {have:.1f} s of speech, needs {(needed + args.clip) / rate:.1f} s: "
-             f"{args.clip / rate:.1f} s for a test clip (--clip) and {needed / rate:.1f} s to train")
+             f"{args.clip / rate:.1f} s for a test clip (--clip) and {needed / rate:.1f} s for "
+             "training")
     return train, test
 
 
@@ -387,6 +387,13 @@ class SpeechVQVAE(nn.Module):
         self.decoder = WaveNet(256, args.channels, args.layers, args.cycle,
                                skip_channels=args.skip_channels, cond_channels=args.channels,
                                num_speakers=speakers)
+        # Levels have an order, which an embedding would have to learn: start it, and the logits,
+        # as smooth functions of the level (cosines, the fast ones small).
+        level = (torch.arange(256) + 0.5) / 256
+        for weight, size in ((self.decoder.embed.weight, 1.4), (self.decoder.head[-1].weight, 0.3)):
+            k = torch.arange(weight.shape[1])
+            smooth = size * (math.pi * level[:, None] * k).cos() / (1 + k / 4)   # (256, channels)
+            weight.data.copy_(smooth.view_as(weight))
 
     def forward(self, x, speaker):
         q = self.quantizer(self.encoder(to_unit(x).unsqueeze(1)))      # codes (B, N)
@@ -453,8 +460,8 @@ def make_parser():
     flag("--sample-rate", type=positive(int), help="Hz; files of another rate are resampled")
     flag("--strides", type=strides, help="one for each convolution of the encoder (paper "
          "2,2,2,2,2,2); their product is the hop, the samples that share a code")
-    flag("--codebook", choices=["loss", "ema"], default="ema", help="how the codebook learns: by "
-         "eq. 3, term 2 (the paper's experiments) or moving averages (A.1, default)")
+    flag("--codebook", choices=["loss", "ema"], default="loss", help="how the codebook learns: by "
+         "eq. 3, term 2 (default, the paper's experiments) or moving averages (A.1)")
     flag("--num-codes", type=positive(int), help="K (paper 512; 128 for phonemes)")
     flag("--code-dim", type=positive(int), help="D (not in the paper)")
     flag("--beta", type=positive(float), default=0.25, help="weight of the commitment term "
@@ -486,19 +493,19 @@ def main():
         stop("--labels belongs to --data; the demo has labels of its own")
     train, test, speakers, phones = load_data(args, run)
     wave = train.wave.to(run.device)
-    starts, owners = (a.to(run.device) for a in windows(train.lengths, args.crop,
-                                                        max(1, args.hop // 4)))
-    model = SpeechVQVAE(args, len(speakers)).to(run.device)
     N = args.clip // args.hop                          # codes of a clip
+    model = SpeechVQVAE(args, len(speakers)).to(run.device)
     prior = WaveNet(args.num_codes, args.prior_channels, *prior_size(N),
-                    skip_channels=2 * args.prior_channels)
+                    skip_channels=2 * args.prior_channels).to(run.device)
+    classifier = SpeakerClassifier(len(speakers)).to(run.device)
     run.say(f"{len(train.wave) / args.sample_rate / 60:.1f} minutes of training speech and "
             f"{len(test.wave) / args.sample_rate / 60:.1f} for testing, {len(speakers)} speakers, "
             f"{args.sample_rate / args.hop:g} codes a second; {weights(model):,} weights in the "
-            f"VQ-VAE, {weights(prior):,} in the prior; its decoder sees "
-            f"{model.decoder.receptive_field} samples")
+            f"VQ-VAE, whose decoder looks back {model.decoder.receptive_field} samples, "
+            f"{weights(prior):,} in the prior")
 
     # Stage one: the VQ-VAE, with the prior "kept constant and uniform".
+    starts, owners = windows(train.lengths, args.crop, max(1, args.hop // 4), run.device)
     run.fit("vqvae", model, lambda net, i: vqvae_loss(
         net, cut(wave, starts[i], args.crop), owners[i], args), len(starts), args.steps,
         args.batch_size, args.lr)
@@ -508,20 +515,17 @@ def main():
             dist.broadcast(buffer, 0)
     # Stage two: the codes, once, and the prior on them.
     codes, test_codes = (encode_all(model, part, args) for part in (train, test))
-    metrics = {"seconds": 0, "num_codes": args.num_codes, **code_usage(test_codes, args)}
     if "prior" in args.experiments:
-        pieces, _ = windows([n // args.hop for n in train.lengths], N, 1)
-        run.fit("prior", prior, lambda net, i: prior_loss(net, cut(codes, pieces[i].to(run.device), N)),
+        pieces, _ = windows([n // args.hop for n in train.lengths], N, 1, run.device)
+        run.fit("prior", prior, lambda net, i: prior_loss(net, cut(codes, pieces[i], N)),
                 len(pieces), args.prior_steps, args.batch_size, args.lr)
-    classifier = SpeakerClassifier(len(speakers))
     if "conversion" in args.experiments and len(speakers) > 1:
-        long, who = (a.to(run.device) for a in windows(train.lengths, args.clip, args.hop))
+        longer, who = windows(train.lengths, args.clip, args.hop, run.device)
         run.fit("classifier", classifier, lambda net, i: (
-            F.cross_entropy(net(cut(wave, long[i], args.clip)), who[i]), {}), len(long), 200,
+            F.cross_entropy(net(cut(wave, longer[i], args.clip)), who[i]), {}), len(longer), 200,
             args.batch_size, 1e-3)
     if run.rank == 0:
-        report(run, model, prior, classifier, (train, codes), (test, test_codes), speakers, phones,
-               metrics)
+        report(run, model, prior, classifier, (train, codes), (test, test_codes), speakers, phones)
 
 
 def weights(module):
@@ -554,25 +558,19 @@ def encode_all(model, speech, args):
                       for stream in speech.wave.split(speech.lengths) for x in stream.split(piece)])
 
 
-def code_usage(codes, args):
-    counts = count_codes(codes, args.num_codes)
-    return {"codes_used": int((counts > 0).sum()), "perplexity": perplexity(counts).item(),
-            "unigram_bits_per_code": perplexity(counts).log2().item()}
-
-
-def phone_map(codes, phones, args, count):
-    """Experiment 4: each code's most likely phone on training data, "by taking the conditionally
-    most likely phoneme". -> table p (K, phones) of joint counts."""
-    keep = phones != UNLABELLED
-    table = torch.zeros(args.num_codes, count)
-    at = (codes.cpu()[keep], phones.long()[keep])
-    return table.index_put_(at, torch.ones(()), accumulate=True)
+def phone_table(codes, phones, num_codes, num_phones):
+    """How often each code meets each phone: (K, phones). Experiment 4 maps a code to its largest
+    entry, "the conditionally most likely phoneme"."""
+    known = phones != UNLABELLED
+    table = torch.zeros(num_codes, num_phones)
+    return table.index_put_((codes.cpu()[known], phones.long()[known]), torch.ones(()),
+                            accumulate=True)
 
 
 def phone_accuracy(table, codes, phones):
-    """Share of right phones, read through the map, among codes that have a label."""
-    keep = phones != UNLABELLED
-    return (table.argmax(1)[codes.cpu()] == phones)[keep].float().mean().item()
+    """Share of right phones, read off the codes, among those that have a label."""
+    right = table.argmax(1)[codes.cpu()] == phones
+    return right[phones != UNLABELLED].float().mean().item()
 
 
 def middle(phones, hop):
@@ -585,145 +583,157 @@ def pitch(x, rate):
 
     By autocorrelation: a frame is voiced if some delay of 1/400 to 1/60 s repeats it well.
     """
-    size = rate // 16                                  # 62 ms: four periods at 64 Hz
+    size, first = rate // 16, rate // 400              # 62 ms: four periods at 64 Hz
     frames = x.unfold(1, size, size // 4)              # (B, frames, size)
-    frames = frames - frames.mean(2, keepdim=True)
-    power = torch.fft.rfft(frames, 2 * size).abs().square()
+    power = torch.fft.rfft(frames - frames.mean(2, keepdim=True), 2 * size).abs().square()
     r = torch.fft.irfft(power)[..., :size]             # (B, frames, delays)
-    first = rate // 400
     peak, delay = r[..., first:rate // 60].max(2)
-    loud = r[..., 0] > 0.05 * r[..., 0].amax(1, keepdim=True)
-    voiced = loud & (peak > 0.5 * r[..., 0])
+    voiced = (r[..., 0] > 0.05 * r[..., 0].amax(1, keepdim=True)) & (peak > 0.5 * r[..., 0])
     return torch.where(voiced, rate / (delay + first), math.nan).nanmedian(1).values
 
 
 @torch.no_grad()
-def report(run, model, prior, classifier, train, test, speakers, phones, metrics):
-    """All measurements, WAV files and pictures, and metrics.json."""
-    args, device, rate = run.args, run.device, run.args.sample_rate
-    (train, codes), (test, test_codes) = train, test
-    N, S, wanted = args.clip // args.hop, len(speakers), set(args.experiments)
-    generator = torch.Generator(device).manual_seed(args.seed)
-    # Test clips, of all speakers alike many.
-    starts, owners = windows(test.lengths, args.clip, args.clip)
-    share = -(-args.test_clips // S)
-    pick = torch.cat([torch.nonzero(owners == s)[:share, 0] for s in range(S)])[:args.test_clips]
-    starts, owners = starts[pick], owners[pick].to(device)
-    clips = cut(test.wave, starts, args.clip).to(device)
-    clip_codes = model.encode(clips)
-    clip_phones = middle(cut(test.phones, starts, args.clip), args.hop)
-
-    def bits(codes, speaker):
-        return torch.cat([model.bits(*a) for a in zip(clips.split(4), codes.split(4),
-                                                      speaker.split(4))]).mean().item()
-    metrics["bits_per_sample"] = bits(clip_codes, owners)
-    metrics["bits_per_sample_other_codes"] = bits(clip_codes.roll(1, 0), owners)
-    if S > 1:
-        metrics["bits_per_sample_wrong_speaker"] = bits(clip_codes, (owners + 1) % S)
-    if "phonemes" in wanted and phones:
-        table = phone_map(codes, middle(train.phones, args.hop), args, len(phones))
-        truth = middle(test.phones, args.hop)
-        metrics["phone_accuracy"] = phone_accuracy(table, test_codes, truth)
-        most = table.sum(0).argmax()
-        metrics["phone_baseline"] = (truth == most)[truth != UNLABELLED].float().mean().item()
-        phone_picture(run.out / "phones.png", table, phones)
-    if "prior" in wanted:
-        pieces, _ = windows([n // args.hop for n in test.lengths], N, N)
-        held_out = cut(test_codes, pieces.to(device), N)
-        metrics["prior_bits_per_code"] = torch.stack(
-            [prior_loss(prior, c[None])[0] for c in held_out]).mean().item() / math.log(2)
-
-    # Experiments 1 and 2: every clip decoded with every voice, its own among them.
-    voices = range(S) if "conversion" in wanted else [None]
-    drawn = torch.stack([draw(run, model, clip_codes, owners if v is None else
-                              torch.full_like(owners, v), generator) for v in voices], 1)
-    own = owners if "conversion" in wanted else torch.zeros_like(owners)
-    index = torch.arange(len(clips), device=device)
-    rows = [(clips[i], drawn[i, own[i]], drawn[i, (own[i] + 1) % len(voices)])
-            for i in [int((owners == s).nonzero()[0]) for s in owners.unique()[:4]]]
-    if "conversion" in wanted and S > 1:
-        other = owners[:, None] != torch.arange(S, device=device)      # (clips, voices)
-        metrics.update(judge(model, classifier, clips, owners, drawn, other, rate))
-        if "phone_accuracy" in metrics:
-            again = model.encode(drawn[other])
+def report(run, model, prior, classifier, train, test, speakers, phones):
+    """All measurements, sounds and pictures; train and test are (Speech, codes)."""
+    args, S = run.args, len(speakers)
+    generator = torch.Generator(run.device).manual_seed(args.seed)
+    clips, owners, asked = test_clips(test[0], S, args, run.device)
+    codes = model.encode(clips)
+    counts = count_codes(test[1], args.num_codes)
+    metrics = {"codes_used": int((counts > 0).sum()), "num_codes": args.num_codes,
+               "perplexity": perplexity(counts).item(),
+               "unigram_bits_per_code": perplexity(counts).log2().item(),
+               **likelihoods(model, clips, codes, owners, S)}
+    # Experiments 1 and 2: each clip drawn in its own voice, and in every other.
+    convert = "conversion" in args.experiments and S > 1
+    voices = torch.arange(S, device=run.device).repeat(len(clips), 1)
+    voices = voices if convert else owners[:, None]
+    V = voices.shape[1]
+    drawn = draw(run, model, codes.repeat_interleave(V, 0), voices.flatten(), generator)
+    drawn = drawn.view(len(clips), V, -1)
+    if convert:
+        metrics.update(judge(classifier, clips, owners, drawn, speakers, args.sample_rate))
+    if "prior" in args.experiments:
+        metrics["prior_bits_per_code"] = babble(run, model, prior, test, speakers, generator)
+    if "phonemes" in args.experiments and phones:
+        told, spoken = (middle(speech.phones, args.hop) for speech, _ in (train, test))
+        table = phone_table(train[1], told, args.num_codes, len(phones))
+        likeliest = torch.zeros_like(table).index_fill_(1, table.sum(0).argmax(), 1)
+        metrics["phone_accuracy"] = phone_accuracy(table, test[1], spoken)
+        metrics["phone_baseline"] = phone_accuracy(likeliest, test[1], spoken)
+        if convert:
+            other = owners[:, None] != voices
             metrics["converted_phone_accuracy"] = phone_accuracy(
-                table, again, clip_phones.repeat_interleave(S - 1, 0))
-    if "prior" in wanted:                              # experiment 3
-        babble = prior.sample(min(S, 4), N, generator=generator)
-        babble = draw(run, model, babble, torch.arange(len(babble), device=device), generator)
+                table, model.encode(drawn[other]), asked.repeat_interleave(S - 1, 0))
+        phone_picture(run.out / "phones.png", table, phones)
+
+    rows = []
+    for s in owners.unique()[:4].tolist():             # a clip of each speaker
+        i = int((owners == s).nonzero()[0])
+        rows.append([(f"original: {speakers[s]}", f"{speakers[s]}_original", clips[i])])
+        for k in ([s, (s + 1) % S] if convert else [0]):
+            name = speakers[int(voices[i, k])]
+            rows[-1].append((f"decoded as {name}", f"{speakers[s]}_as_{name}", drawn[i, k]))
+    sheet(run, "reconstructions", rows)
+    finish(run, metrics)
+
+
+def test_clips(test, S, args, device):
+    """Clips (M, T), from all speakers alike; who speaks, (M,), and the phone at each code."""
+    starts, owners = windows(test.lengths, args.clip, args.clip)
+    turn = torch.cat([torch.arange(n) for n in owners.bincount(minlength=S)])  # 0, 1 .. for each
+    pick = turn.argsort(stable=True)[:args.test_clips].sort().values
+    return (cut(test.wave, starts[pick], args.clip).to(device), owners[pick].to(device),
+            middle(cut(test.phones, starts[pick], args.clip), args.hop))
+
+
+def babble(run, model, prior, test, speakers, generator):
+    """Experiment 3: speech from nothing, and the prior's bits a code on test speech."""
+    args, N = run.args, run.args.clip // run.args.hop
+    sampled = prior.sample(min(len(speakers), 4), N, generator=generator)
+    voices = torch.arange(len(sampled), device=run.device)
+    sounds = draw(run, model, sampled, voices, generator)
+    sheet(run, "samples", [[(f"codes from the prior, voice {name}", f"sample_{name}", x)]
+                           for name, x in zip(speakers, sounds)])
+    starts, _ = windows([n // args.hop for n in test[0].lengths], N, N, run.device)
+    nats = [prior_loss(prior, part)[0] * len(part) / len(starts)
+            for part in cut(test[1], starts, N).split(64)]
+    return sum(nats).item() / math.log(2)
+
+
+def finish(run, metrics):
+    """metrics.json, curves.png, and the last words."""
     metrics["seconds"] = round(run.seconds, 1)
+    metrics = {k: None if v != v else v for k, v in metrics.items()}   # JSON has no NaN
     run.write("metrics.json", json.dumps(metrics, indent=1))
     run.write_curves()
-    pictures(run, rows, owners, speakers, babble if "prior" in wanted else None)
     for name, value in metrics.items():
         run.say(f"{name:30} {value:.4g}" if isinstance(value, float) else f"{name:30} {value}")
     run.say(f"sounds, pictures and numbers are in {run.out}")
 
 
+def likelihoods(model, clips, codes, owners, S):
+    """Bits a sample with the true past as input. If the decoder heeds its codes and its speaker,
+    those of another utterance, or of another voice, cost more."""
+    def bits(codes, speaker):
+        return torch.cat([model.bits(*a) for a in zip(clips.split(4), codes.split(4),
+                                                      speaker.split(4))]).mean().item()
+    found = {"bits_per_sample": bits(codes, owners),
+             "bits_per_sample_other_codes": bits(codes.roll(1, 0), owners)}
+    if S > 1:
+        found["bits_per_sample_wrong_speaker"] = bits(codes, (owners + 1) % S)
+    return found
+
+
 def draw(run, model, codes, speaker, generator, batch=256):
     """Sample speech for codes (B, N), 256 at a time: (B, T) uint8."""
-    run.say(f"drawing {len(codes)} clips of {codes.shape[1] * run.args.hop} samples")
+    run.say(f"drawing {len(codes)} x {codes.shape[1] * run.args.hop} samples of speech")
     return torch.cat([model.sample(c, s, c.shape[1] * run.args.hop, generator)
                       for c, s in zip(codes.split(batch), speaker.split(batch))])
 
 
-def judge(model, classifier, clips, owners, drawn, other, rate):
-    """How well every clip took on every other voice: drawn (clips, voices, T)."""
-    S = drawn.shape[1]
-    targets = torch.arange(S, device=clips.device).expand(len(clips), S)
+def judge(classifier, clips, owners, drawn, speakers, rate):
+    """How well each clip took on every other voice: drawn (clips, S, T)."""
+    S = len(speakers)
+    voices = torch.arange(S, device=clips.device).repeat(len(clips), 1)
+    other = owners[:, None] != voices                  # (clips, S)
     real = pitch(inverse_mu_law(clips), rate)          # (clips,)
     typical = torch.stack([real[owners == s].nanmedian() for s in range(S)])
     got = pitch(inverse_mu_law(drawn.flatten(0, 1)), rate).view(-1, S)
-    away = 12 * (got / typical).log2().abs()           # semitones, from the voice asked for
-    before = 12 * (real[:, None] / typical).log2().abs()
-    return {"real_speaker_accuracy": classifier.accuracy(clips, owners),
-            "converted_speaker_accuracy": classifier.accuracy(drawn[other], targets[other]),
-            "converted_pitch_error": away[other].nanmean().item(),
-            "unconverted_pitch_error": before[other].nanmean().item(),
-            **{f"pitch_voice_{s}": typical[s].item() for s in range(min(S, 8))},
-            **{f"pitch_converted_to_{s}": got[other[:, s], s].nanmedian().item()
-               for s in range(min(S, 8))}}
+    off = 12 * (got / typical).log2().abs()            # semitones, from the voice asked for
+    off_before = 12 * (real[:, None] / typical).log2().abs()
+    found = {"real_speaker_accuracy": classifier.accuracy(clips, owners),
+             "converted_speaker_accuracy": classifier.accuracy(drawn[other], voices[other]),
+             "converted_pitch_error": off[other].nanmean().item(),
+             "unconverted_pitch_error": off_before[other].nanmean().item()}
+    for s, name in enumerate(speakers):
+        found[f"pitch_{name}"] = typical[s].item()
+        found[f"pitch_as_{name}"] = got[other[:, s], s].nanmedian().item()
+    return found
 
 
-def pictures(run, rows, owners, speakers, babble):
-    """WAV files, the paper's fig. 6 for some clips, and what the prior says by itself."""
+def sheet(run, name, rows):
+    """Waveforms above spectrograms, as the paper's fig. 6, and each as a WAV file: rows of
+    (title, file name, levels (T,))."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    rate, names = run.args.sample_rate, ("original", "same_speaker", "other_speaker")
-    S = len(speakers)
-
-    def show(wave_axis, axis, levels, title, path):
-        x = inverse_mu_law(levels).cpu()
-        write_wav(run.out / path, x, rate)
-        wave_axis.plot(np.arange(len(x)) / rate, x, linewidth=0.3)
-        wave_axis.set(title=title, ylim=(-1, 1), xlim=(0, len(x) / rate), xticks=[], yticks=[])
-        window = torch.hann_window(256)
-        power = torch.stft(x, 256, 64, window=window, return_complex=True).abs()
-        axis.imshow((power + 1e-3).log(), origin="lower", aspect="auto", cmap="magma", vmin=-5,
-                    vmax=3.5, extent=(0, len(x) / rate, 0, rate / 2000))
-        axis.set(ylabel="kHz")
-
-    def sheet(count, columns):
-        return plt.subplots(2 * count, columns, figsize=(4.5 * columns, 3 * count), squeeze=False,
-                            height_ratios=[1, 2.4] * count, layout="constrained")
-    figure, axes = sheet(len(rows), 3)
-    speaker = owners.unique()[:4].tolist()
-    for i, (row, s) in enumerate(zip(rows, speaker)):
-        voices = (s, s, (s + 1) % S)
-        for k, levels in enumerate(row):
-            show(axes[2 * i, k], axes[2 * i + 1, k], levels,
-                 f"{names[k].replace('_', ' ')}: {speakers[voices[k]]}",
-                 f"clip{i}_{names[k]}_{speakers[voices[k]]}.wav")
-    figure.savefig(run.out / "reconstructions.png", dpi=80)
+    rate, columns = run.args.sample_rate, len(rows[0])
+    figure, axes = plt.subplots(2 * len(rows), columns, figsize=(4.5 * columns, 3 * len(rows)),
+                                squeeze=False, height_ratios=[1, 2.4] * len(rows),
+                                layout="constrained")
+    for i, row in enumerate(rows):
+        for (title, file, levels), line, image in zip(row, axes[2 * i], axes[2 * i + 1]):
+            x = inverse_mu_law(levels).cpu()
+            write_wav(run.out / f"{file}.wav", x, rate)
+            line.plot(x, linewidth=0.3)
+            line.set(title=title, xlim=(0, len(x)), ylim=(-1, 1), xticks=[], yticks=[])
+            power = torch.stft(x, 256, 64, window=torch.hann_window(256), return_complex=True)
+            image.imshow((power.abs() + 1e-3).log(), origin="lower", aspect="auto", cmap="magma",
+                         vmin=-5, vmax=3.5, extent=(0, len(x) / rate, 0, rate / 2000))
+            image.set(ylabel="kHz")
+    figure.savefig(run.out / f"{name}.png", dpi=80)
     plt.close(figure)
-    if babble is not None:
-        figure, axes = sheet(len(babble), 1)
-        for i, levels in enumerate(babble):
-            show(axes[2 * i, 0], axes[2 * i + 1, 0], levels,
-                 f"codes from the prior, voice {speakers[i]}", f"sample{i}_{speakers[i]}.wav")
-        figure.savefig(run.out / "samples.png", dpi=80)
-        plt.close(figure)
 
 
 def phone_picture(path, table, phones):

@@ -16,9 +16,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import train_audio as audio  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
-TINY = ("--steps 3 --prior-steps 3 --batch-size 4 --clip 2048 --crop 512 --test-clips 2 --channels 4 "
-        "--skip-channels 4 --layers 3 --cycle 3 --hidden 4 --prior-channels 4 --demo-utterances 40 "
-        "--num-codes 8 --code-dim 4 --strides 2,2,2,2,2,2 --device cpu").split()
+TINY = ("--steps 3 --prior-steps 3 --batch-size 4 --clip 2048 --crop 512 --test-clips 2 "
+        "--channels 4 --skip-channels 4 --layers 3 --cycle 3 --hidden 4 --prior-channels 4 "
+        "--demo-utterances 40 --num-codes 8 --code-dim 4 --strides 2,2,2,2,2,2 --device cpu").split()
 
 
 def run(*flags, out):
@@ -29,12 +29,19 @@ def run(*flags, out):
     return done.returncode, done.stdout, done.stderr
 
 
-def refused(*flags, out):
-    """One line on stderr, exit status 2; returns the line."""
-    status, _, error = run(*flags, out=out)
-    assert status == 2, error
-    assert error.startswith("error: ") and error.count("\n") == 1, error
-    return error
+@pytest.fixture
+def refused(tmp_path, monkeypatch, capsys):
+    """Call the script's main with flags: one line on stderr, exit status 2. Returns the line."""
+    def call(*flags):
+        monkeypatch.setattr(sys, "argv", ["train_audio.py", *TINY, "--out", str(tmp_path / "out"),
+                                          *map(str, flags)])
+        with pytest.raises(SystemExit) as stopped:
+            audio.main()
+        error = capsys.readouterr().err
+        assert stopped.value.code == 2
+        assert error.startswith("error: ") and error.count("\n") == 1, error
+        return error
+    return call
 
 
 def save(path, x, rate=8000, width=2, channels=1):
@@ -69,7 +76,7 @@ def test_mu_law_keeps_every_level_and_the_formula_of_the_standard():
     levels = torch.arange(256, dtype=torch.uint8)
     assert torch.equal(audio.mu_law(audio.inverse_mu_law(levels)), levels)
     x = torch.tensor([-2.0, -1.0, -0.5, 0.01, 0.5, 1.0, 2.0], dtype=torch.float64)
-    by_hand = [math.copysign(math.log1p(255 * min(abs(v), 1)) / math.log(256), v) for v in x.tolist()]
+    by_hand = [math.copysign(math.log(1 + 255 * min(abs(v), 1), 256), v) for v in x.tolist()]
     assert audio.mu_law(x).tolist() == [round((v + 1) / 2 * 255) for v in by_hand]
 
 
@@ -110,10 +117,9 @@ def test_stereo_is_mixed_and_extensible_24_bit_is_pcm(tmp_path):
     data = (tmp_path / "x.wav").read_bytes()
     # What most programs write for 24 bits: tag 0xFFFE, and PCM as the sub-format.
     fmt = b"fmt " + (40).to_bytes(4, "little") + b"\xfe\xff" + data[22:36]
-    fmt += (22).to_bytes(2, "little") + (24).to_bytes(2, "little") + bytes(4) + b"\1\0" + bytes.fromhex(
-        "000000001000800000aa00389b71")
-    rest = fmt + data[36:]
-    (tmp_path / "x.wav").write_bytes(b"RIFF" + (4 + len(rest)).to_bytes(4, "little") + b"WAVE" + rest)
+    fmt += (22).to_bytes(2, "little") + (24).to_bytes(2, "little") + bytes(4) + b"\1\0"
+    rest = b"WAVE" + fmt + bytes.fromhex("000000001000800000aa00389b71") + data[36:]
+    (tmp_path / "x.wav").write_bytes(b"RIFF" + len(rest).to_bytes(4, "little") + rest)
     assert np.allclose(audio.read_wav(tmp_path / "x.wav")[0], [0.5, -0.25, 0.1, 0.3], atol=1e-6)
     with wave.open(str(tmp_path / "y.wav"), "wb") as file:
         file.setparams((2, 2, 8000, 0, "NONE", ""))
@@ -173,11 +179,9 @@ def test_windows_stay_within_one_speaker():
 
 
 def test_phone_map_takes_the_likeliest_phone_and_skips_what_has_no_label():
-    class Args:
-        num_codes = 3
     codes = torch.tensor([0, 0, 0, 1, 1, 1])
     phones = torch.tensor([1, 1, 0, 0, audio.UNLABELLED, audio.UNLABELLED], dtype=torch.uint8)
-    table = audio.phone_map(codes, phones, Args, 2)
+    table = audio.phone_table(codes, phones, 3, 2)
     assert table.tolist() == [[1, 2], [1, 0], [0, 0]]
     assert audio.phone_accuracy(table, codes, phones) == pytest.approx(3 / 4)
 
@@ -204,9 +208,9 @@ def test_demo_runs_all_experiments_and_resumes(tmp_path):
     assert status == 0, error
     metrics = json.loads((tmp_path / "a/metrics.json").read_text())
     for name in ("bits_per_sample bits_per_sample_other_codes bits_per_sample_wrong_speaker "
-                 "converted_speaker_accuracy converted_phone_accuracy phone_accuracy phone_baseline "
-                 "codes_used num_codes prior_bits_per_code unigram_bits_per_code seconds "
-                 "real_speaker_accuracy").split():
+                 "converted_speaker_accuracy converted_phone_accuracy phone_accuracy "
+                 "phone_baseline codes_used num_codes prior_bits_per_code unigram_bits_per_code "
+                 "seconds real_speaker_accuracy").split():
         assert math.isfinite(metrics[name]), name
     assert metrics["num_codes"] == 8 and metrics["bits_per_sample"] > 0
     for name in ("reconstructions.png", "samples.png", "phones.png", "curves.png", "log.csv",
@@ -289,25 +293,30 @@ def make(folder, kind):
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty", "flac", "torn", "float", "loose", "short"])
-def test_bad_data_gets_one_line(tmp_path, kind):
+def test_bad_data_gets_one_line(tmp_path, refused, kind):
     data, wanted = make(tmp_path / "data", kind)
-    assert wanted in refused("--data", data, out=tmp_path / "out")
+    assert wanted in refused("--data", data)
+
+
+def test_exit_status_of_the_script_itself(tmp_path):
+    status, text, error = run("--data", tmp_path / "nowhere", out=tmp_path / "out")
+    assert status == 2 and error.startswith("error: ") and error.count("\n") == 1, error
 
 
 @pytest.mark.parametrize("text, wanted", [(None, "0.lab"), ("0.5 a\n0.4 b\n", "line 2"),
                                           ("0.5 a\n9.5 b\n", "lasts 1.00 s"), ("hello\n", "line 1"),
                                           ("x y a\n", "line 1")])
-def test_bad_labels_get_one_line(tmp_path, text, wanted):
+def test_bad_labels_get_one_line(tmp_path, refused, text, wanted):
     data = speakers(tmp_path / "data", names=("ann",))
     (tmp_path / "lab/ann").mkdir(parents=True)
     for i in range(2):
         if text is not None:
             (tmp_path / f"lab/ann/{i}.lab").write_text(text)
-    assert wanted in refused("--data", data, "--labels", tmp_path / "lab", out=tmp_path / "out")
+    assert wanted in refused("--data", data, "--labels", tmp_path / "lab")
 
 
 @pytest.mark.parametrize("flags, wanted", [(("--crop", "100"), "multiple of 64"),
                                            (("--strides", "2,x"), "--strides"),
                                            (("--labels", "lab"), "--data")])
-def test_bad_flags_get_one_line(tmp_path, flags, wanted):
-    assert wanted in refused(*flags, out=tmp_path / "out")
+def test_bad_flags_get_one_line(refused, flags, wanted):
+    assert wanted in refused(*flags)
