@@ -268,11 +268,13 @@ def test_same_generator_state_same_samples_and_another_state_others():
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
 
 
-def test_samples_can_be_trained_on():
+@pytest.mark.parametrize("batch", [1, 2])
+def test_samples_can_be_trained_on(batch):
     net = wavenet()
-    x = net.sample(2, 12)
-    assert x.shape == (2, 12) and x.dtype == torch.int64
-    F.cross_entropy(net(x), x).backward()              # fails for tensors of inference mode
+    x = net.sample(batch, 12)
+    assert x.shape == (batch, 12) and x.dtype == torch.int64
+    assert not x.is_inference(), "autograd refuses tensors made in inference mode"
+    F.cross_entropy(net(x), x).backward()
 
 
 def test_sampling_leaves_the_weights_alone():
