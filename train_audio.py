@@ -17,6 +17,7 @@ import io
 import json
 import math
 import wave
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -223,9 +224,7 @@ def read_wav(path):
 def write_wav(path, x, rate):
     """x (T,) in [-1, 1] as 16 bits."""
     with wave.open(str(path), "wb") as file:
-        file.setnchannels(1)
-        file.setsampwidth(2)
-        file.setframerate(rate)
+        file.setparams((1, 2, rate, 0, "NONE", ""))
         file.writeframes((x.clamp(-1, 1) * 32767).round().short().cpu().numpy().tobytes())
 
 
@@ -243,10 +242,10 @@ class Speech:
     a multiple of the hop. phones (S,) uint8: an index into the phones' names, or UNLABELLED.
     """
 
-    def __init__(self, waves, phones, hop):
-        self.lengths = [len(w) // hop * hop for w in waves]
-        self.wave = mu_law(torch.cat([torch.as_tensor(w[:n]) for w, n in zip(waves, self.lengths)]))
-        self.phones = torch.cat([torch.as_tensor(p[:n]) for p, n in zip(phones, self.lengths)])
+    def __init__(self, streams, hop):
+        self.lengths = [len(levels) // hop * hop for levels, _ in streams]
+        self.wave, self.phones = (torch.cat([x[:n] for x, n in zip(part, self.lengths)])
+                                  for part in zip(*streams))
 
 
 def windows(lengths, size, step, device="cpu"):
@@ -267,40 +266,40 @@ def cut(stream, starts, size):
 
 def load_data(args, run):
     """-> training and test Speech, the speakers' names, the phones' names ([] without labels)."""
-    rate = args.sample_rate
     if args.data is None:
-        waves, owner, labels = demo_speech(args.demo_utterances, args.seed, args.clip / rate, rate)
-        speakers, phones = list(VOICES), list(PHONES)
-        files = [[(w, p) for w, p, k in zip(waves, labels, owner) if k == s]
-                 for s in range(len(speakers))]
+        waves, owners, spoken = map(torch.from_numpy, demo_speech(
+            args.demo_utterances, args.seed, args.clip / args.sample_rate, args.sample_rate))
+        speakers = {name: [*zip(mu_law(waves[owners == s]), spoken[owners == s])]
+                    for s, name in enumerate(VOICES)}
+        phones = list(PHONES)
     else:
-        speakers, files, phones = read_folder(Path(args.data), args, run)
-    parts = [hold_out(name, of_one, args) for name, of_one in zip(speakers, files)]
-    train, test = (Speech(*zip(*part), args.hop) for part in zip(*parts))
-    return train, test, speakers, phones
+        speakers, phones = read_folder(Path(args.data), args, run)
+    parts = [hold_out(name, files, args) for name, files in speakers.items()]
+    train, test = (Speech(part, args.hop) for part in zip(*parts))
+    return train, test, list(speakers), phones
 
 
 def hold_out(name, files, args):
-    """One speaker's files -> its training and its test stream, each (wave, phones)."""
-    test = [f for i, f in enumerate(files) if i % 10 == 9]
-    train = [f for i, f in enumerate(files) if i % 10 != 9]
-    if sum(len(w) for w, _ in test) < args.clip:       # too few files: hold out the end instead
-        joined = [np.concatenate(a) for a in zip(*files)]
-        n = max(args.clip, len(joined[0]) // 10)
-        train, test = [[a[:-n] for a in joined]], [[a[-n:] for a in joined]]
-    train, test = ([np.concatenate(a) for a in zip(*part)] for part in (train, test))
+    """One speaker's files -> its training and its test stream, each (levels, phones)."""
+    def join(part):
+        return [torch.cat(a) for a in zip(*part)] if part else [torch.empty(0)] * 2
+    test, train = (join([f for i, f in enumerate(files) if (i % 10 == 9) == held])
+                   for held in (True, False))
+    if len(test[0]) < args.clip:                       # too few files: hold out the end instead
+        whole = join(files)
+        n = max(args.clip, len(whole[0]) // 10)
+        train, test = [a[:-n] for a in whole], [a[-n:] for a in whole]
     needed = max(args.crop, args.clip)
     if len(train[0]) < needed:
-        rate = args.sample_rate
-        have = sum(len(w) for w, _ in files) / rate
-        stop(f"speaker {name}: {have:.1f} s of speech, needs {(needed + args.clip) / rate:.1f} s: "
-             f"{args.clip / rate:.1f} s for a test clip (--clip) and {needed / rate:.1f} s for "
-             "training")
+        have, *parts = (n / args.sample_rate for n in (sum(len(x) for x, _ in files), args.clip,
+                                                       needed))
+        stop(f"speaker {name}: {have:.1f} s of speech, needs {sum(parts):.1f} s: {parts[0]:.1f} s "
+             f"for a test clip (--clip) and {parts[1]:.1f} s for training")
     return train, test
 
 
 def read_folder(path, args, run):
-    """DIR/<speaker>/**/*.wav -> names, each one's [(wave, phones)], names of the phones."""
+    """DIR/<speaker>/**/*.wav -> {speaker: [(levels, phones), ..]} and the phones' names."""
     if not path.is_dir():
         stop(f"--data {path}: no such folder")
     found = sorted(p for p in path.rglob("*") if p.suffix.lower() == ".wav" and p.is_file())
@@ -313,25 +312,24 @@ def read_folder(path, args, run):
     loose = [p for p in found if p.parent == path]
     if loose:
         stop(f"{loose[0]}: lies outside the speakers' folders; needs {path}/<speaker>/*.wav")
-    speakers = sorted({p.relative_to(path).parts[0] for p in found})
-    names, files, rates = ([] if args.labels else None), [[] for _ in speakers], {}
-    for file in found:
-        x, rate = read_wav(file)
-        rates[rate] = rates.get(rate, 0) + 1
-        label = np.full(-(-len(x) * args.sample_rate // rate), UNLABELLED, np.uint8)
-        if args.labels:
-            lab = Path(args.labels) / file.relative_to(path).with_suffix(".lab")
-            read_labels(lab, label, names, args.sample_rate)
-        x = resample(x, rate, args.sample_rate)
-        files[speakers.index(file.relative_to(path).parts[0])].append((x, label))
-    for of_one in files:                               # recordings differ in level: bring each
-        power = [np.square(x).mean() for x, _ in of_one if len(x)]     # speaker to the same one
-        gain = 0.09 / max(math.sqrt(sum(power) / max(1, len(power))), 1e-4)
-        of_one[:] = [(x * gain, label) for x, label in of_one]
+    speakers, names, rates = {}, [], {}
+    for speaker, of_one in groupby(found, lambda p: p.relative_to(path).parts[0]):
+        waves, labels = [], []
+        for file in of_one:
+            x, rate = read_wav(file)
+            rates[rate] = rates.get(rate, 0) + 1
+            waves.append(torch.as_tensor(resample(x, rate, args.sample_rate)))
+            labels.append(torch.full(waves[-1].shape, UNLABELLED, dtype=torch.uint8))
+            if args.labels:
+                lab = Path(args.labels) / file.relative_to(path).with_suffix(".lab")
+                read_labels(lab, labels[-1], names, args.sample_rate)
+        # Recordings differ in level: bring every speaker to the same one, 0.09 on average.
+        level = torch.cat(waves).square().mean().sqrt().clamp(min=1e-4)
+        speakers[speaker] = [(mu_law(x * 0.09 / level), p) for x, p in zip(waves, labels)]
     other = ", ".join(f"{n} of {r} Hz" for r, n in sorted(rates.items()) if r != args.sample_rate)
     run.say(f"{len(found)} WAV files of {len(speakers)} speakers"
             + (f"; resampled to {args.sample_rate} Hz: {other}" if other else ""))
-    return speakers, files, names or []
+    return speakers, names
 
 
 def read_labels(lab, label, names, rate):
@@ -381,6 +379,7 @@ class SpeechVQVAE(nn.Module):
             Encoder(1, args.hidden, args.hidden // 2, args.code_dim, args.strides, ndim=1),
             nn.BatchNorm1d(args.code_dim, affine=False))
         self.quantizer = Quantizer(args.num_codes, args.code_dim, beta=args.beta)
+        self.register_buffer("idle", torch.zeros(args.num_codes, dtype=torch.long))
         # The decoder may look at the codes before and after: all of them are known to it.
         self.context = nn.Sequential(nn.Conv1d(args.code_dim, args.channels, 3, padding=1),
                                      nn.ReLU())
@@ -396,11 +395,34 @@ class SpeechVQVAE(nn.Module):
             weight.data.copy_(smooth.view_as(weight))
 
     def forward(self, x, speaker):
-        q = self.quantizer(self.encoder(to_unit(x).unsqueeze(1)))      # codes (B, N)
+        z_e = self.encoder(to_unit(x).unsqueeze(1))                    # (B, D, N)
+        q = self.quantizer(z_e)
+        if self.training:
+            self.revive(z_e.detach(), q.codes)
         logits = self.decoder(x.long(), self.context(q.z_q), speaker)  # (B, 256, T)
         nll = F.cross_entropy(logits.float(), x.long(), reduction="none").sum(1)
         # As in VQVAE.forward: all terms of eq. 3 for each latent.
         return Output(nll.mean() / q.codes.shape[1] + q.loss, nll, logits, q.codes)
+
+    @torch.no_grad()
+    def revive(self, z_e, codes, patience=50):
+        """Move codes that nobody chose for `patience` steps onto encoder outputs of this batch.
+
+        Not in the paper. The encoder starts out so vague that a dozen codes do for all it says;
+        the others would be far away when it has learnt to say more.
+        """
+        vq, z = self.quantizer, z_e.transpose(1, 2).flatten(0, 1).float()      # (B*N, D)
+        self.idle += 1
+        self.idle[codes.flatten()] = 0
+        dead = (self.idle > patience).nonzero()[:len(z), 0]
+        new = z[torch.randperm(len(z), device=z.device)[:len(dead)]]
+        vq.codebook.data[dead] = new
+        self.idle[dead] = 0
+        if isinstance(vq, VectorQuantizerEMA):
+            vq.ema_sum[dead], vq.ema_count[dead] = new, 1.0
+        if dist.is_initialized():                      # what the first process moved, all move
+            for table in (vq.codebook.data, self.idle, *vq.buffers()):
+                dist.broadcast(table, 0)
 
     @torch.no_grad()
     def encode(self, x):
@@ -460,8 +482,8 @@ def make_parser():
     flag("--sample-rate", type=positive(int), help="Hz; files of another rate are resampled")
     flag("--strides", type=strides, help="one for each convolution of the encoder (paper "
          "2,2,2,2,2,2); their product is the hop, the samples that share a code")
-    flag("--codebook", choices=["loss", "ema"], default="loss", help="how the codebook learns: by "
-         "eq. 3, term 2 (default, the paper's experiments) or moving averages (A.1)")
+    flag("--codebook", choices=["loss", "ema"], default="ema", help="how the codebook learns: by "
+         "eq. 3, term 2 (the paper's experiments) or moving averages (A.1, default)")
     flag("--num-codes", type=positive(int), help="K (paper 512; 128 for phonemes)")
     flag("--code-dim", type=positive(int), help="D (not in the paper)")
     flag("--beta", type=positive(float), default=0.25, help="weight of the commitment term "

@@ -18,7 +18,8 @@ import train_audio as audio  # noqa: E402
 ROOT = Path(__file__).parent.parent
 TINY = ("--steps 3 --prior-steps 3 --batch-size 4 --clip 2048 --crop 512 --test-clips 2 "
         "--channels 4 --skip-channels 4 --layers 3 --cycle 3 --hidden 4 --prior-channels 4 "
-        "--demo-utterances 40 --num-codes 8 --code-dim 4 --strides 2,2,2,2,2,2 --device cpu").split()
+        "--demo-utterances 40 --num-codes 8 --code-dim 4 --strides 2,2,2,2,2,2 "
+        "--device cpu").split()
 
 
 def run(*flags, out):
@@ -195,9 +196,52 @@ def test_prior_sees_the_whole_chunk():
 def test_labels_in_both_forms(tmp_path):
     for text in ("0.25 a\n1.0 b\n", "0 0.25 a\n0.25 1.0 b\n"):
         (tmp_path / "x.lab").write_text(text)
-        label, names = np.full(100, audio.UNLABELLED, np.uint8), []
+        label, names = torch.full((100,), audio.UNLABELLED, dtype=torch.uint8), []
         audio.read_labels(tmp_path / "x.lab", label, names, 100)
         assert names == ["a", "b"] and label.tolist() == [0] * 25 + [1] * 75
+
+
+# -- the model ------------------------------------------------------------------------------------
+
+
+def tiny_model(codebook):
+    args = audio.make_parser().parse_args([*TINY, "--codebook", codebook, "--channels", "16",
+                                           "--skip-channels", "16"])
+    torch.manual_seed(0)
+    return audio.SpeechVQVAE(args, 3)
+
+
+@pytest.mark.parametrize("codebook", ["loss", "ema"])
+def test_codes_idle_for_long_move_onto_encoder_outputs_and_others_stay(codebook):
+    model = tiny_model(codebook)
+    vq = model.quantizer
+    before = vq.codebook.detach().clone()
+    z_e, codes = torch.randn(2, 4, 3), torch.tensor([[0, 0, 1], [1, 0, 0]])
+    for _ in range(6):
+        model.revive(z_e, codes, patience=5)
+    after, vectors = vq.codebook.detach(), z_e.transpose(1, 2).reshape(-1, 4)
+    assert torch.equal(after[:2], before[:2])          # in use
+    assert all((row == vectors).all(1).any() for row in after[2:])
+    if codebook == "ema":                              # eq. 8 must hold for the moved ones
+        assert torch.allclose(vq.ema_sum / vq.ema_count[:, None], after)
+
+
+def test_model_learns_through_codes_and_speaker():
+    """Every parameter gets a gradient; another speaker and other codes change p(x|z, s)."""
+    model = tiny_model("loss").train()
+    x = torch.randint(256, (4, 512), dtype=torch.uint8)
+    y = model(x, torch.tensor([0, 1, 2, 0]))
+    assert y.codes.shape == (4, 8) and y.out.shape == (4, 256, 512) and y.nll.shape == (4,)
+    y.loss.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+    model.eval()
+    codes, who = model.encode(x), torch.zeros(4, dtype=torch.long)
+    bits = model.bits(x, codes, who)
+    assert not torch.equal(bits, model.bits(x, codes, who + 1))
+    assert not torch.equal(bits, model.bits(x, (codes + 1) % 8, who))
+    # eq. 3, term 1, by hand: the sum over samples of -log p, in nats.
+    nats = -y.out.log_softmax(1).gather(1, x.long()[:, None]).sum((1, 2))
+    assert torch.allclose(y.nll, nats, rtol=1e-4)
 
 
 # -- the script -----------------------------------------------------------------------------------
