@@ -100,19 +100,20 @@ def demo_speech(count, seed=0, seconds=2.0, rate=8000):
 
 
 def synthesise(phones, speakers, rng, rate, frame=8):
-    """Phone at each sample (B, T), speakers (B,) -> waves (B, T). T a multiple of `frame`."""
+    """Phone at each sample (B, T), speakers (B,) -> waves (B, T)."""
     B, T = phones.shape
     table = np.array([[*f, *w, v, n] for f, w, v, n, _ in PHONES.values()], np.float32)
     pitch, tract, breath = np.array(list(VOICES.values()), np.float32)[speakers].T[..., None]
     # Coarticulation: the tract glides from target to target, for some 60 ms; the voice is faster.
-    track = table[phones[:, ::frame]]                  # (B, T / frame, 8): 1 ms a frame at 8 kHz
+    track = table[phones[:, ::frame]]                  # (B, frames, 8): 1 ms a frame at 8 kHz
     fps = rate / frame
     tuning = smooth(track[..., :6], 0.06 * fps) * tract[..., None]
-    voiced, hiss = smooth(track[..., 6:], 0.025 * fps).repeat(frame, 1).transpose(2, 0, 1)
+    voiced, hiss = smooth(track[..., 6:], 0.025 * fps).repeat(frame, 1)[:, :T].transpose(2, 0, 1)
 
     # Source: a saw tooth (glottal pulse and radiation together fall by 6 dB an octave) whose
     # pitch sinks through the utterance and wanders a little, and noise.
-    wander = smooth(rng.standard_normal((B, T // frame, 1)), 0.25 * fps)[..., 0].repeat(frame, 1)
+    wander = smooth(rng.standard_normal((*track.shape[:2], 1)), 0.25 * fps)[..., 0]
+    wander = wander.repeat(frame, 1)[:, :T]
     fall = np.linspace(1.05, 0.95, T)
     step = pitch * (fall + 0.02 * wander * np.sqrt(0.25 * fps)) / rate         # turns a sample
     phase = (np.cumsum(step, 1) + rng.random((B, 1))) % 1
