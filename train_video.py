@@ -53,12 +53,12 @@ PRESETS = {
     # 48 x 48 x 3 -> 12 x 12 codes, for a laptop.
     "demo": dict(steps=1000, prior_steps=1300, batch_size=32, prior_batch_size=6, lr=1e-3,
                  lr_decay=0.5, num_codes=256, code_dim=32, hidden=48, res_hidden=32,
-                 prior_channels=32, prior_layers=3),
+                 prior_channels=32, prior_layers=2, prior_lr=2e-3),
     # DeepMind Lab, 84 x 84 x 3 -> 21 x 21, K = 512. The paper gives no more: Adam's rate and the
     # number of steps are those of its CIFAR-10 experiment.
     "paper": dict(steps=250_000, prior_steps=250_000, batch_size=128, prior_batch_size=16,
                   lr=2e-4, num_codes=512, code_dim=64, hidden=128, res_hidden=32,
-                  prior_channels=128, prior_layers=10),
+                  prior_channels=128, prior_layers=10, prior_lr=2e-4),
 }
 
 # ---------------------------------------------------------------------------------------------
@@ -268,8 +268,8 @@ def load_data(args):
 def load_clips(path):
     """--data: see the top of this file. Every tenth clip is held out for testing."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            frames, actions = (file[k] if k in file.files else None for k in ("frames", "actions"))
+        file = np.load(path, allow_pickle=False)
+        frames, actions = (file[k] if k in file.files else None for k in ("frames", "actions"))
     except FileNotFoundError:
         stop(f"--data {path}: no such file")
     except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as e:
@@ -310,6 +310,7 @@ def make_parser():
     parser = Parser("video", PRESETS, description=__doc__)
     flag = parser.add_argument
     flag("--prior-batch-size", type=positive(int), help="clips a step of the prior")
+    flag("--prior-lr", type=positive(float), help="Adam's learning rate for the prior")
     flag("--no-actions", action="store_true", help="a prior that is not told the actions (the "
          "paper: \"similar results, not shown\")")
     flag("--codebook", choices=["loss", "ema"], default="ema", help="how the codebook learns: by "
@@ -359,7 +360,7 @@ def main():
     actions = None if args.no_actions else data.train_actions.to(run.device)
     run.fit("prior", prior, lambda net, index: prior_loss(
         net, codes[index], None if actions is None else actions[index]),
-        len(codes), args.prior_steps, args.prior_batch_size, args.lr)
+        len(codes), args.prior_steps, args.prior_batch_size, args.prior_lr)
     if run.rank == 0:
         report(run, model, prior, data, test, test_codes)
 
