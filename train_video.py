@@ -261,7 +261,7 @@ def load_data(args):
         return load_clips(args.data)
     world, length = World(seed=args.seed), GIVEN + GENERATED
     n = args.demo_clips
-    frames, actions, poses = demo_clips(world, n + max(64, n // 10), length, seed=args.seed)
+    frames, actions, poses = demo_clips(world, n + max(10, n // 10), length, seed=args.seed)
     return Data(frames[:n], frames[n:], actions[:n], actions[n:], ACTIONS, world, poses[n:])
 
 

