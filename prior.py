@@ -3,6 +3,8 @@
     1. Drawing a code
     2. PixelCNN   for images: gated, after the paper's [38], van den Oord et al. 2016,
                   "Conditional Image Generation with PixelCNN Decoders"
+    4. VideoPrior for clips of code maps, given actions: a U-Net over the last frames conditions
+                  a PixelCNN over the next one
 
 p(z) = prod_i p(z_i | z_1 .. z_(i-1)), for images in raster order: left to right, top to bottom.
 Training computes all factors at once: padding keeps each output from seeing its own code and the
@@ -246,8 +248,8 @@ class VideoPrior(nn.Module):
 
     A U-Net looks at the last `context` maps and actions and makes a feature map of what the next
     frame will show; a gated PixelCNN, conditioned on it, spells that frame out code by code. A
-    turn moves the picture by several columns: three strides of 2 bring any two columns of a
-    21 x 21 map within reach, and the skips keep the detail.
+    turn moves the picture by several columns: at a quarter of the resolution they are one or
+    two, and five 3x3 convolutions there reach 20 columns. The skips keep the detail.
 
     Args:
         num_codes: K. num_actions: how many actions there are, 0 for a model without actions.
@@ -255,8 +257,8 @@ class VideoPrior(nn.Module):
             sees only its neighbours in its own frame, and all of the frames before.
         context: how many frames back the model looks. More are allowed in, and not seen.
 
-    Frames before the first are "none" (a code of its own): p(z_1) is learnt with the rest, and
-    a clip may start from nothing. An action -1, or no actions at all, stands for "not known".
+    Frames before the first hold a code of their own, "no frame": p(z_1) is learnt with the rest,
+    and a clip may start from nothing. Action -1, or no actions at all, stands for "not known".
     """
 
     def __init__(self, num_codes, num_actions=0, channels=64, num_layers=4, context=4):

@@ -207,8 +207,8 @@ def palette(hue, saturation):
 def patterns():
     """Brightness of the walls' textures, (pattern, height, along): a band, stripes, a picture."""
     height, along = np.meshgrid(*[(np.arange(16) + 0.5) / 16] * 2, indexing="ij")
-    dark = [height < 0.5, along * 2 % 1 < 0.5, (abs(height - 0.5) < 0.25) & (abs(along - 0.5) < 0.3)]
-    return np.where(dark, 0.6, 1).astype(np.float32)
+    frame = (abs(height - 0.5) < 0.25) & (abs(along - 0.5) < 0.3)
+    return np.where([height < 0.5, along * 2 % 1 < 0.5, frame], 0.6, 1).astype(np.float32)
 
 
 PATTERNS = patterns()
@@ -250,7 +250,9 @@ class Data:
 
     def truth(self, actions):
         """The real frames that the actions (n, T) lead to, after the first GIVEN frames of the
-        first n test clips. The demo's world only: own clips know what was recorded, no more."""
+        first n test clips. None for own clips: they know what was recorded, and no more."""
+        if self.world is None:
+            return None
         poses = self.world.walk(self.poses[:len(actions), GIVEN - 1], actions.cpu().numpy())
         frames = self.world.render(poses, self.test.shape[-1])
         return torch.from_numpy(frames).permute(0, 1, 4, 2, 3)
@@ -519,15 +521,15 @@ def report(run, model, prior, data, test, codes):
     # Rows of the picture: what is given and imagined, and below it what really happens.
     rows = [("recorded actions", recorded, test[:, GIVEN:])]
     if not args.no_actions:
-        constant = [torch.cat([actions[:, :GIVEN - 1], torch.full_like(actions[:, GIVEN - 1:], k)], 1)
-                    for k in range(len(data.names))]
-        imagined = [roll_out(model, prior, given, a, GENERATED, args, args.seed)
-                    for a in constant[:4]]
-        truths = [None] * len(imagined)
+        imagined, truths = [], []
+        for k in range(min(4, len(data.names))):
+            constant = actions.clone()
+            constant[:, GIVEN - 1:] = k                # those between given frames stay
+            imagined.append(roll_out(model, prior, given, constant, GENERATED, args, args.seed))
+            truths.append(data.truth(constant[:, GIVEN - 1:]))
         if data.world:
-            truths = [data.truth(a[:, GIVEN - 1:]).to(device) for a in constant]
-            metrics["action_accuracy"] = action_accuracy(imagined, truths)
-        rows += [(f"all {name}", *pair) for name, pair in zip(data.names, zip(imagined, truths))]
+            metrics["action_accuracy"] = action_accuracy(imagined, [t.to(device) for t in truths])
+        rows += [(f"all {name}", *pair) for name, *pair in zip(data.names, imagined, truths)]
     metrics |= speed(prior, codes, None if args.no_actions else actions)
     metrics |= long_roll_out(run, model, prior, data, given, actions)
     metrics["seconds"] = round(run.seconds, 1)
@@ -552,10 +554,9 @@ def long_roll_out(run, model, prior, data, given, actions, clips=4, frames=100, 
     later = later[:clips * frames].view(clips, frames)
     plan = torch.cat([actions[:clips, :GIVEN - 1], later], 1)
     imagined = roll_out(model, prior, given[:clips], plan, frames, run.args, run.args.seed)
-    rows, shown = [], slice(every - 1, None, every)
-    truth = data.truth(later).to(imagined) if data.world and not run.args.no_actions else None
+    rows, truth = [], None if run.args.no_actions else data.truth(later.cpu())
     for n in range(clips):
-        rows += [imagined[n, shown]] + ([truth[n, shown]] if truth is not None else [])
+        rows += [x[n, every - 1::every].cpu() for x in (imagined, truth) if x is not None]
     picture(run.out / "rollout_long.png", torch.stack(rows), f"{frames} frames imagined from "
             f"{GIVEN} given ones, every {every}th shown" + ("; below each row the truth" if
             truth is not None else ""), range(every, frames + 1, every))
@@ -564,15 +565,14 @@ def long_roll_out(run, model, prior, data, given, actions, clips=4, frames=100, 
 
 
 def fig7(path, given, rows):
-    """As the paper's fig. 7: the given frames, then the imagined ones; the truth in the row below."""
+    """As the paper's fig. 7: frames given, then imagined; the truth in the row below."""
     sheet, labels = [], []
     for n in range(min(2, len(given))):
         for name, imagined, truth in rows:
-            sheet.append(torch.cat([given[n], imagined[n]]))
-            labels.append(f"{name}\nimagined")
-            if truth is not None:
-                sheet.append(torch.cat([given[n], truth[n]]))
-                labels.append("truth")
+            for label, film in ((f"{name}\nimagined", imagined), ("truth", truth)):
+                if film is not None:
+                    sheet.append(torch.cat([given[n].cpu(), film[n].cpu()]))
+                    labels.append(label)
     steps = [f"given {t + 1}" for t in range(GIVEN)] + [f"+{t + 1}" for t in range(GENERATED)]
     picture(path, torch.stack(sheet), f"{GIVEN} frames are given, {GENERATED} imagined: all codes "
             "first, pictures after that", steps, labels)
@@ -582,17 +582,14 @@ def animate(path, given, rows, clips=4, scale=2):
     """rollout.gif: four clips side by side, the imagined frames above the true ones, a pair of
     rows for each sequence of actions. White edges while the frames are given ones."""
     from PIL import Image
-    clips = min(clips, len(given))
-    pictures = []
+    clips, pictures = min(clips, len(given)), []
     for t in range(GIVEN + GENERATED):
         sheet = []
-        for _, imagined, truth in rows:
-            for film in (imagined, truth if truth is not None else imagined[:, :0]):
-                if len(film[0]):
-                    x = torch.cat([given[:clips], film[:clips]], 1)[:, t]
-                    x = F.pad(x, (2, 2, 2, 2), value=255 if t < GIVEN else 0)
-                    sheet.append(x.permute(2, 0, 3, 1).flatten(1, 2))    # (H, clips * W, 3)
-        sheet = torch.cat(sheet).cpu().numpy().repeat(scale, 0).repeat(scale, 1)
+        for film in (film for _, *pair in rows for film in pair if film is not None):
+            x = given[:clips, t] if t < GIVEN else film[:clips, t - GIVEN]
+            x = F.pad(x.cpu(), (2, 2, 2, 2), value=255 if t < GIVEN else 0)
+            sheet.append(x.permute(2, 0, 3, 1).flatten(1, 2))            # (H, clips * W, 3)
+        sheet = torch.cat(sheet).numpy().repeat(scale, 0).repeat(scale, 1)
         pictures.append(Image.fromarray(sheet))
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=250, loop=0)
 

@@ -22,7 +22,7 @@ FORWARD, LEFT, RIGHT = range(3)
 QUARTER = 90 // train_video.TURN
 
 
-# -- the prior: what it sees ------------------------------------------------------------------------
+# -- the prior: what it sees --------------------------------------------------------------------
 
 
 def influence(T=4, H=3, W=5, context=2, actions=True):
@@ -70,7 +70,7 @@ def test_an_action_influences_the_next_frame_and_none_before():
     t = torch.arange(len(acts))[:, None] // 15         # a_s leads from frame s to frame s + 1
     s = torch.arange(acts.shape[1])[None]
     assert not (acts & (t <= s)).any(), "an action is seen before it is taken"
-    assert acts[(t == s + 1).expand_as(acts)].all(), "an action does not reach the frame it leads to"
+    assert acts[(t == s + 1).expand_as(acts)].all(), "an action misses the frame it leads to"
     assert torch.equal(acts, (t > s) & (t - s <= 2)), "the context is two actions long"
 
 
@@ -90,7 +90,7 @@ def test_without_actions_is_all_actions_unknown():
     assert not torch.equal(prior(codes), prior(codes, 1 + unknown))
 
 
-# -- the prior: sampling ----------------------------------------------------------------------------
+# -- the prior: sampling ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("given, num_actions", [(0, 2), (1, 2), (3, 2), (3, 0)])
@@ -172,7 +172,7 @@ def test_prior_refuses_actions_that_it_does_not_have():
         VideoPrior(5, 0, 16, 1).sample(codes, actions, 1)
 
 
-# -- the demo world ---------------------------------------------------------------------------------
+# -- the demo world -----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -228,9 +228,9 @@ def test_forward_into_a_wall_stops(world, poses):
 def test_a_left_turn_moves_the_picture_to_the_right(world, poses):
     before, then = (world.render(p, 48).astype(float) for p in (poses, after(world, poses, LEFT)))
 
-    def error(shift):                                  # of `before`, moved right by that many pixels
-        a, b = before[:, :, max(0, -shift):48 - max(0, shift)], then[:, :, max(0, shift):48 + min(0, shift)]
-        return np.abs(a - b).mean()
+    def error(shift):                                  # of `before` moved right by `shift` pixels
+        left, right = max(0, -shift), max(0, shift)
+        return np.abs(before[:, :, left:48 - right] - then[:, :, right:48 - left]).mean()
 
     best = min(range(-16, 17), key=error)
     pixels = 24 / train_video.VIEW * np.deg2rad(train_video.TURN)        # in the picture's middle
@@ -281,7 +281,7 @@ def test_recorded_actions_lead_to_the_recorded_frames(world):
     assert torch.equal(truth, data.test[:7, GIVEN:])
 
 
-# -- own data ---------------------------------------------------------------------------------------
+# -- own data -----------------------------------------------------------------------------------
 
 
 def clips(n=12, t=17, size=16):
@@ -354,7 +354,7 @@ def test_bad_files_get_one_clear_line(tmp_path, capsys, content, named):
     assert end.value.code == 2 and len(lines) == 1 and named in lines[0]
 
 
-# -- measurements -----------------------------------------------------------------------------------
+# -- measurements -------------------------------------------------------------------------------
 
 
 def test_psnr_by_hand():
@@ -396,7 +396,7 @@ def test_bits_per_code_of_a_uniform_prior():
     assert bits_per_code(prior, codes, actions) == pytest.approx(5, abs=1e-5)
 
 
-# -- the whole run ----------------------------------------------------------------------------------
+# -- the whole run ------------------------------------------------------------------------------
 
 TINY = ("--steps 3 --prior-steps 2 --hidden 8 --res-hidden 8 --prior-channels 8 --prior-layers 1 "
         "--num-codes 16 --code-dim 8 --batch-size 8 --prior-batch-size 2 --device cpu").split()
@@ -404,7 +404,8 @@ TINY = ("--steps 3 --prior-steps 2 --hidden 8 --res-hidden 8 --prior-channels 8 
 
 def script(*flags):
     return subprocess.run([sys.executable, str(ROOT / "train_video.py"), *map(str, flags)],
-                          capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                          capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def read(folder):
