@@ -51,7 +51,7 @@ FACTOR = 4                                             # pixels a code, each way
 
 PRESETS = {
     # 48 x 48 x 3 -> 12 x 12 codes, for a laptop.
-    "demo": dict(steps=1000, prior_steps=1300, batch_size=32, prior_batch_size=6, lr=1e-3,
+    "demo": dict(steps=1000, prior_steps=1500, batch_size=32, prior_batch_size=6, lr=1e-3,
                  lr_decay=0.5, num_codes=256, code_dim=32, hidden=48, res_hidden=32,
                  prior_channels=32, prior_layers=2, prior_lr=2e-3),
     # DeepMind Lab, 84 x 84 x 3 -> 21 x 21, K = 512. The paper gives no more: Adam's rate and the

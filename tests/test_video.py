@@ -142,9 +142,9 @@ def moving_maps(count, frames, size=4):
 def test_it_learns_to_move_the_picture_as_the_action_says():
     prior = VideoPrior(4, 2, 24, num_layers=1, context=1)
     optimizer = torch.optim.Adam(prior.parameters(), lr=3e-3)
-    for _ in range(100):
-        codes, actions = moving_maps(24, 2)
-        loss = F.cross_entropy(prior(codes, actions)[:, :, 1], codes[:, 1])
+    for _ in range(80):
+        codes, actions = moving_maps(16, 3)
+        loss = F.cross_entropy(prior(codes, actions)[:, :, 1:], codes[:, 1:])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -152,7 +152,7 @@ def test_it_learns_to_move_the_picture_as_the_action_says():
     right = (prior.sample(codes[:, :1], actions, 2) == codes[:, 1:]).float().mean((0, 2, 3))
     wrong = (prior.sample(codes[:, :1], 1 - actions[:, :1], 1) == codes[:, 1:2]).float().mean()
     assert right.min() > 0.9, f"codes right one and two frames ahead: {right.tolist()}"
-    assert wrong < 0.6, "the other action should move the other way"
+    assert wrong < 0.4, "the other action should move the other way"
 
 
 @pytest.mark.parametrize("codes, actions, named", [
