@@ -39,7 +39,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 
 from prior import VideoPrior
@@ -51,14 +50,14 @@ FACTOR = 4                                             # pixels a code, each way
 
 PRESETS = {
     # 48 x 48 x 3 -> 12 x 12 codes, for a laptop.
-    "demo": dict(steps=1000, prior_steps=1500, batch_size=32, prior_batch_size=6, lr=1e-3,
-                 lr_decay=0.5, num_codes=256, code_dim=32, hidden=48, res_hidden=32,
-                 prior_channels=32, prior_layers=2, prior_lr=2e-3),
+    "demo": dict(warmup_steps=100, steps=1000, prior_steps=1500, batch_size=32,
+                 prior_batch_size=6, lr=1e-3, prior_lr=2e-3, lr_decay=0.5, num_codes=256,
+                 code_dim=32, hidden=48, res_hidden=32, prior_channels=32, prior_layers=2),
     # DeepMind Lab, 84 x 84 x 3 -> 21 x 21, K = 512. The paper gives no more: Adam's rate and the
     # number of steps are those of its CIFAR-10 experiment.
-    "paper": dict(steps=250_000, prior_steps=250_000, batch_size=128, prior_batch_size=16,
-                  lr=2e-4, num_codes=512, code_dim=64, hidden=128, res_hidden=32,
-                  prior_channels=128, prior_layers=10, prior_lr=2e-4),
+    "paper": dict(warmup_steps=1000, steps=250_000, prior_steps=250_000, batch_size=128,
+                  prior_batch_size=16, lr=2e-4, prior_lr=2e-4, num_codes=512, code_dim=64,
+                  hidden=128, res_hidden=32, prior_channels=128, prior_layers=10),
 }
 
 # ---------------------------------------------------------------------------------------------
@@ -311,6 +310,8 @@ def load_clips(path):
 def make_parser():
     parser = Parser("video", PRESETS, description=__doc__)
     flag = parser.add_argument
+    flag("--warmup-steps", type=positive(int), help="steps as a plain autoencoder, before the "
+         "codebook starts at its outputs (the paper has none)")
     flag("--prior-batch-size", type=positive(int), help="clips a step of the prior")
     flag("--prior-lr", type=positive(float), help="Adam's learning rate for the prior")
     flag("--no-actions", action="store_true", help="a prior that is not told the actions (the "
@@ -348,12 +349,14 @@ def main():
             f"{sum(p.numel() for p in model.parameters()):,} weights in the VQ-VAE, "
             f"{sum(p.numel() for p in prior.parameters()):,} in the prior")
 
-    # Stage one: the VQ-VAE of single frames. It begins as a plain autoencoder, so that the first
-    # outputs of the encoder that the codebook is seeded with are worth having: from an untrained
-    # encoder 62 of 256 codes were in use after 600 steps, like this 249 after 400.
+    # Stage one: the VQ-VAE of single frames. The codebook starts at encoder outputs; those of a
+    # random encoder are no good place, so it learns for a moment without a codebook: 249 of 256
+    # codes in use after 400 steps, against 62 after 600.
     frames = train.flatten(0, 1)                       # (N*T, 3, H, W)
-    run.fit("autoencoder", Autoencoder(model), lambda net, index: (net(frames[index]), {}),
-            len(frames), max(1, args.steps // 10), args.batch_size, args.lr)
+    model.quantizer.requires_grad_(False)
+    run.fit("autoencoder", model, lambda net, index: (net(frames[index], quantize=False).loss, {}),
+            len(frames), args.warmup_steps, args.batch_size, args.lr)
+    model.quantizer.requires_grad_(True)
     run.fit("vqvae", model, lambda net, index: vqvae_loss(net, frames[index], args),
             len(frames), args.steps, args.batch_size, args.lr)
     model.requires_grad_(False)                        # stage one is over
@@ -365,18 +368,6 @@ def main():
         len(codes), args.prior_steps, args.prior_batch_size, args.prior_lr)
     if run.rank == 0:
         report(run, model, prior, data, test, test_codes)
-
-
-class Autoencoder(nn.Module):
-    """The VQ-VAE's encoder and decoder with nothing between them."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.encoder, self.decoder, self.likelihood = model.encoder, model.decoder, model.likelihood
-
-    def forward(self, x):
-        z_e = self.encoder(to_unit(x))
-        return self.likelihood.nll(self.decoder(z_e), x).mean() / z_e[0, 0].numel()
 
 
 def vqvae_loss(net, x, args):

@@ -390,15 +390,15 @@ def test_action_accuracy_counts_roll_outs_nearest_to_their_own_action():
 
 def test_bits_per_code_of_a_uniform_prior():
     prior = VideoPrior(32, 2, 8, 1)
-    torch.nn.init.zeros_(prior.pixelcnn.head[3].weight)
-    torch.nn.init.zeros_(prior.pixelcnn.head[3].bias)
+    for p in prior.pixelcnn.head.parameters():
+        torch.nn.init.zeros_(p)
     codes, actions = torch.randint(32, (11, 8, 4, 4)), torch.randint(2, (11, 7))
     assert bits_per_code(prior, codes, actions) == pytest.approx(5, abs=1e-5)
 
 
 # -- the whole run ------------------------------------------------------------------------------
 
-TINY = ("--steps 3 --prior-steps 2 --hidden 8 --res-hidden 8 --prior-channels 8 --prior-layers 1 "
+TINY = ("--warmup-steps 2 --steps 3 --prior-steps 2 --hidden 8 --res-hidden 8 --prior-channels 8 --prior-layers 1 "
         "--num-codes 16 --code-dim 8 --batch-size 8 --prior-batch-size 2 --device cpu").split()
 
 
