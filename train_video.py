@@ -392,25 +392,26 @@ def prior_loss(net, codes, actions):
 
 
 @torch.no_grad()
-def encode_all(model, clips, batch=16):
+def encode_all(model, clips, batch=128):
     """Codes (N, T, h, w) of all clips (N, T, 3, H, W), the last, smaller batch included."""
-    return torch.cat([model.encode(x.flatten(0, 1)).unflatten(0, x.shape[:2])
-                      for x in clips.split(batch)])
+    return torch.cat([model.encode(x) for x in clips.flatten(0, 1).split(batch)]
+                     ).unflatten(0, clips.shape[:2])
 
 
 @torch.no_grad()
-def decode_all(model, codes, batch=16):
+def decode_all(model, codes, batch=128):
     """The way back, when all codes are there: (N, T, h, w) -> (N, T, 3, H, W) uint8."""
-    return torch.cat([model.decode(z.flatten(0, 1)).unflatten(0, z.shape[:2])
-                      for z in codes.split(batch)])
+    return torch.cat([model.decode(z) for z in codes.flatten(0, 1).split(batch)]
+                     ).unflatten(0, codes.shape[:2])
 
 
 @torch.no_grad()
 def measure(model, prior, data, test, codes, args):
     """What can be measured without rolling out: reconstructions, codes, the prior's bits."""
-    frames = decode_all(model, codes)
+    error = sum((decode_all(model, z).float() - x).square().sum().item()
+                for x, z in zip(test.split(8), codes.split(8))) / test.numel()
     counts = count_codes(codes, args.num_codes)
-    metrics = {"psnr": psnr(frames, test), "codes_used": int((counts > 0).sum()),
+    metrics = {"psnr": 10 * math.log10(255 ** 2 / max(error, 1e-2)), "codes_used": int((counts > 0).sum()),
                "num_codes": args.num_codes, "perplexity": perplexity(counts).item(),
                "compression": test[0, 0].numel() * 8 / (codes[0, 0].numel() *
                                                         math.log2(args.num_codes))}
@@ -424,7 +425,7 @@ def measure(model, prior, data, test, codes, args):
 
 
 @torch.no_grad()
-def bits_per_code(prior, codes, actions, batch=8):
+def bits_per_code(prior, codes, actions, batch=4):
     """-log2 p(z_t | z_<t, a_<t) / number of codes, for the frames after the first GIVEN."""
     bits = 0
     for i in range(0, len(codes), batch):
@@ -434,17 +435,16 @@ def bits_per_code(prior, codes, actions, batch=8):
     return bits / codes[:, GIVEN:].numel() / math.log(2)
 
 
-def psnr(a, b, keep=()):
-    """10 log10(255^2 / mean squared error) in dB; a list over the axis `keep`, if there is one."""
-    error = (a.float() - b.float()).square()
-    error = error.mean([d for d in range(error.ndim) if d not in keep])
+def psnr(a, b):
+    """Clips (N, T, 3, H, W) -> 10 log10(255^2 / mean squared error) in dB, a list over T."""
+    error = (a.float() - b.float()).square().mean((0, 2, 3, 4))
     return (10 * torch.log10(255 ** 2 / error.clamp(min=1e-2))).tolist()
 
 
 def edges(frames):
     """Gradient energy of frames (N, T, 3, H, W) by step: (T,). Blur lowers it."""
     x = frames.float()
-    return (x.diff(dim=-1).abs().mean((0, 2, 3, 4)) + x.diff(dim=-2).abs().mean((0, 2, 3, 4)))
+    return x.diff(dim=-1).abs().mean((0, 2, 3, 4)) + x.diff(dim=-2).abs().mean((0, 2, 3, 4))
 
 
 def roll_out(model, prior, codes, actions, frames, args, seed, batch=50):
@@ -468,9 +468,9 @@ def compare(frames, truth, reconstruction, last):
     moving = moving if moving.any() else torch.ones_like(moving)
     ratio = edges(frames) / edges(reconstruction)
     return {"moving_clips": moving.float().mean().item(),
-            "psnr_generated": psnr(frames[moving], truth[moving], (1,)),
-            "psnr_copy_last": psnr(last[moving].expand_as(truth[moving]), truth[moving], (1,)),
-            "psnr_reconstruction": psnr(reconstruction[moving], truth[moving], (1,)),
+            "psnr_generated": psnr(frames[moving], truth[moving]),
+            "psnr_copy_last": psnr(last[moving], truth[moving]),
+            "psnr_reconstruction": psnr(reconstruction[moving], truth[moving]),
             "sharpness": ratio.tolist(), "sharpness_first": ratio[0].item(),
             "sharpness_last": ratio[-1].item()}
 
@@ -596,7 +596,7 @@ def picture(path, images, title, columns, labels=()):
     figure = plt.figure(figsize=(14, 14 * sheet.shape[0] / sheet.shape[1] + 0.6),
                         layout="constrained")
     axis = figure.add_subplot(title=title)
-    axis.imshow(sheet.cpu())
+    axis.imshow(sheet.cpu().numpy())
     axis.set_xticks([(k + 0.5) * (width + 2) for k in range(len(columns))], columns, fontsize=8)
     axis.set_yticks([(k + 0.5) * (height + 2) for k in range(len(labels))], labels, fontsize=8)
     axis.tick_params(length=0)
