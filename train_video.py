@@ -412,7 +412,8 @@ def measure(model, prior, data, test, codes, args):
                 for x, z in zip(test.split(8), codes.split(8))) / test.numel()
     counts = count_codes(codes, args.num_codes)
     metrics = {"psnr": 10 * math.log10(255 ** 2 / max(error, 1e-2)),
-               "codes_used": int((counts > 0).sum()), "num_codes": args.num_codes, "perplexity": perplexity(counts).item(),
+               "codes_used": int((counts > 0).sum()), "num_codes": args.num_codes,
+               "perplexity": perplexity(counts).item(),
                "compression": test[0, 0].numel() * 8 / (codes[0, 0].numel() *
                                                         math.log2(args.num_codes))}
     if args.no_actions:

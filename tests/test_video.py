@@ -400,7 +400,8 @@ def test_bits_per_code_of_a_uniform_prior():
 # -- the whole run ------------------------------------------------------------------------------
 
 TINY = ("--warmup-steps 2 --steps 3 --prior-steps 2 --hidden 8 --res-hidden 8 --prior-channels 8 "
-        "--prior-layers 1 --num-codes 16 --code-dim 8 --batch-size 8 --prior-batch-size 2 --device cpu").split()
+        "--prior-layers 1 --num-codes 16 --code-dim 8 --batch-size 8 --prior-batch-size 2 "
+        "--device cpu").split()
 
 
 def script(*flags):
