@@ -5,6 +5,8 @@
                   "Conditional Image Generation with PixelCNN Decoders"
     3. WaveNet    for codes in time, and for raw speech: sec. 4.3's decoder p(x|z), after [37],
                   van den Oord et al. 2016, "WaveNet: A Generative Model for Raw Audio"
+    4. VideoPrior for clips of code maps, given actions: a U-Net over the last frames conditions
+                  a PixelCNN over the next one
 
 p(z) = prod_i p(z_i | z_1 .. z_(i-1)), for images in raster order: left to right, top to bottom.
 Training computes all factors at once: padding keeps each output from seeing its own code and the
@@ -471,3 +473,153 @@ class WaveNet(nn.Module):
         for t in range(0, length, 256):
             yield from gumbel(min(256, length - t), batch, self.num_values, generator=generator,
                               device=self.embed.weight.device)
+
+
+# ---------------------------------------------------------------------------------------------
+# 4. VideoPrior (sec. 4.4)
+# ---------------------------------------------------------------------------------------------
+
+
+class ActionBlock(nn.Module):
+    """Residual block of two 3x3 convolutions; the actions scale and shift its hidden channels.
+
+    The scale is what lets an action choose: a left turn opens the channels that move the
+    picture to the right, and closes those that move it to the left. Without the normalisation
+    the network is very slow to discover that copying pays.
+    """
+
+    def __init__(self, channels, action_channels):
+        super().__init__()
+        self.first = nn.Conv2d(channels, channels, 3, padding=1)
+        self.second = nn.Conv2d(channels, channels, 3, padding=1)
+        self.norm = nn.GroupNorm(1, channels)
+        self.norm_hidden = nn.GroupNorm(1, channels, affine=False)     # the actions' scale is one
+        self.film = nn.Linear(action_channels, 2 * channels)
+
+    def forward(self, x, a):
+        """x (B, C, H, W), a (B, action_channels) -> (B, C, H, W)."""
+        scale, shift = self.film(a)[:, :, None, None].chunk(2, 1)      # (B, C, 1, 1)
+        h = self.norm_hidden(self.first(F.relu(self.norm(x))))
+        return x + self.second(F.relu(torch.addcmul(h + shift, h, scale)))
+
+
+class VideoPrior(nn.Module):
+    """p(z_t | z_<t, a_<t) for clips of code maps z_t (H, W): sec. 4.4, p(z_1, .., z_T).
+
+    A U-Net looks at the last `context` maps and actions and makes a feature map of what the next
+    frame will show; a gated PixelCNN, conditioned on it, spells that frame out code by code. A
+    turn moves the picture by several columns: at a quarter of the resolution they are one or
+    two, and five 3x3 convolutions there reach 20 columns. The skips keep the detail.
+
+    Args:
+        num_codes: K. num_actions: how many actions there are, 0 for a model without actions.
+        channels: of U-Net and PixelCNN. num_layers: of the PixelCNN; with few of them a code
+            sees only its neighbours in its own frame, and all of the frames before.
+        context: how many frames back the model looks. More are allowed in, and not seen.
+
+    Frames before the first hold a code of their own, "no frame": p(z_1) is learnt with the rest,
+    and a clip may start from nothing. Action -1, or no actions at all, stands for "not known".
+    """
+
+    def __init__(self, num_codes, num_actions=0, channels=64, num_layers=4, context=4):
+        super().__init__()
+        self.num_codes, self.num_actions, self.context = num_codes, num_actions, context
+        C, A = channels, max(1, channels // 4)
+        self.embed = nn.Embedding(num_codes + 1, C // 2)               # row K: no frame
+        self.embed_action = nn.Embedding(num_actions + 1, A)           # row 0: not known
+        self.enter = nn.Conv2d(context * (C // 2) + 2, C, 1)           # + row and column
+        widths = (C, 2 * C, 2 * C)                     # at 1, 1/2 and 1/4 of the resolution
+        self.before = nn.ModuleList(ActionBlock(w, context * A) for w in widths)
+        self.after = nn.ModuleList(ActionBlock(w, context * A) for w in widths)
+        self.down = nn.ModuleList(nn.Conv2d(w, v, 3, 2, 1) for w, v in zip(widths, widths[1:]))
+        self.up = nn.ModuleList(nn.Conv2d(v, w, 1) for w, v in zip(widths, widths[1:]))
+        self.norm = nn.GroupNorm(1, C)
+        self.pixelcnn = PixelCNN(num_codes, C, num_layers, cond_channels=C)
+        # torch's own start loses two thirds of the variance in each convolution: of what the
+        # U-Net sees nothing would get through, and the prior would be slow to learn to copy.
+        for layer in self.modules():
+            if isinstance(layer, (nn.Conv2d, nn.Linear)):
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="linear")
+
+    def forward(self, codes, actions=None):
+        """codes (B, T, H, W), actions (B, T-1) or None -> logits (B, K, T, H, W).
+
+        logits[:, :, t, i, j] see the frames t - context .. t - 1, the actions between them, the
+        action a_(t-1) that leads to frame t, and the codes of frame t before (i, j)."""
+        B, T = codes.shape[:2]
+        actions = self.check(codes, actions, T - 1)
+        windows, acts = self.windows(codes, actions, T)
+        cond = self.look_back(windows.flatten(0, 1), acts.flatten(0, 1))
+        logits = self.pixelcnn(codes.flatten(0, 1), cond=cond)         # (B*T, K, H, W)
+        return logits.unflatten(0, (B, T)).transpose(1, 2)
+
+    def windows(self, codes, actions, T):
+        """What each of frames 0 .. T-1 looks back on: (B, T, H, W, context), (B, T, context)."""
+        n = self.context
+        codes = F.pad(codes, (0, 0, 0, 0, n, 0), value=self.num_codes)
+        actions = F.pad(actions, (n, 0), value=-1)
+        return codes.unfold(1, n, 1)[:, :T], actions.unfold(1, n, 1)[:, :T]
+
+    def look_back(self, codes, actions):
+        """The U-Net: codes (B, H, W, context), actions (B, context) -> (B, C, H, W)."""
+        B, H, W, _ = codes.shape
+        x = self.embed(codes).flatten(3).permute(0, 3, 1, 2)           # (B, context * C/2, H, W)
+        rows = torch.linspace(-1, 1, H, device=x.device, dtype=x.dtype).view(1, 1, H, 1)
+        cols = torch.linspace(-1, 1, W, device=x.device, dtype=x.dtype).view(1, 1, 1, W)
+        x = self.enter(torch.cat([x, rows.expand(B, 1, H, W), cols.expand(B, 1, H, W)], 1))
+        a = self.embed_action(actions + 1).flatten(1)                  # (B, context * A)
+        skips = []
+        for i, block in enumerate(self.before):
+            x = block(self.down[i - 1](x) if i else x, a)
+            skips.append(x)
+        for i in reversed(range(len(self.after))):
+            if i < len(self.after) - 1:
+                x = F.interpolate(self.up[i](x), skips[i].shape[2:]) + skips[i]
+            x = self.after[i](x, a)
+        return self.norm(x)
+
+    def check(self, codes, actions, length):
+        """The actions as (B, length), -1 for what is not known."""
+        if codes.dim() != 4:
+            raise ValueError(f"codes must be (B, T, H, W), got {tuple(codes.shape)}")
+        if actions is None:
+            return codes.new_full((len(codes), length), -1)
+        if not self.num_actions:
+            raise ValueError("this VideoPrior was made without actions, and is called with them")
+        if actions.shape != (len(codes), length):
+            raise ValueError(f"actions must be ({len(codes)}, {length}), one between any two "
+                             f"frames; got {tuple(actions.shape)}")
+        return actions
+
+    @torch.no_grad()
+    def sample_naive(self, codes, actions=None, frames=1, temperature=1.0, generator=None):
+        """The plain sampler: the whole network, over the whole clip, for every code."""
+        B, T, H, W = codes.shape
+        clip = F.pad(codes, (0, 0, 0, 0, 0, frames))                   # (B, T + frames, H, W)
+        for t in range(T, T + frames):
+            for i in range(H):
+                noise = gumbel(W, B, self.num_codes, generator=generator, device=codes.device)
+                for j in range(W):
+                    logits = self(clip, actions)[:, :, t, i, j]
+                    clip[:, t, i, j] = draw(logits, noise[j], temperature)
+        return clip[:, T:]
+
+    @torch.no_grad()
+    def sample(self, codes, actions=None, frames=1, temperature=1.0, generator=None):
+        """Go on from codes (B, T, H, W), T >= 0, by `frames` code maps: (B, frames, H, W) int64.
+
+        actions (B, T + frames - 1): those between the given frames, then those to imagine. The
+        U-Net runs once a frame, the PixelCNN samples from its caches. No pixel is needed.
+        """
+        (B, T, H, W), n = codes.shape, self.context
+        actions = self.check(codes, actions, T + frames - 1)
+        if actions.numel() and not -1 <= actions.min() <= actions.max() < self.num_actions:
+            raise ValueError(f"actions must be 0 .. {self.num_actions - 1}, or -1 for not known")
+        clip = F.pad(codes, (0, 0, 0, 0, n, 0), value=self.num_codes)  # as in `windows`
+        actions = F.pad(actions, (n, 0), value=-1)
+        for t in range(T, T + frames):
+            cond = self.look_back(clip[:, t:t + n].permute(0, 2, 3, 1), actions[:, t:t + n])
+            z = self.pixelcnn.sample(B, H, W, cond=cond, temperature=temperature,
+                                     generator=generator)
+            clip = torch.cat([clip, z.unsqueeze(1)], 1)
+        return clip[:, n + T:]
