@@ -9,7 +9,7 @@
 
 Stage one trains the VQ-VAE under a uniform prior. Then it is frozen, every image is encoded
 once, and a PixelCNN learns the distribution of the codes; codes drawn from it are decoded to
-images. --out (runs/image) receives reconstructions.png, samples.png, codes.png, curves.png,
+images. --out (runs/image) receives reconstructions.png, samples.png, curves.png,
 metrics.json, log.csv, config.json and checkpoint.pt; README explains every number. The models
 that sec. 4.1 compares with, --model vae and vimco, have stage one only.
 """
@@ -200,8 +200,8 @@ class Data:
 def load_data(args):
     """--data: nothing, "cifar10", a folder of images, or an .npy / .npz file."""
     if args.data is None:
-        images, labels, factors = demo_images(args.demo_images + args.demo_images // 10, args.seed,
-                                              args.size or 48)
+        images, labels, _ = demo_images(args.demo_images + args.demo_images // 10, args.seed,
+                                        args.size or 48)
         k = args.demo_images
         data = Data(images[:k], images[k:], labels[:k], labels[k:], SOLIDS)
         source = f"--size {args.size}"
