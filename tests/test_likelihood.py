@@ -339,7 +339,7 @@ def one_pixel_field(prior, samples, G=2, K=3):
             model.log_prior.copy_(torch.randn(model.log_prior.shape))
         model.encoder[-1].weight.mul_(8)
         model.codebook.weight.mul_(6)
-        model.decoder[-1].weight.mul_(4)               # so that it matters which z is drawn
+        model.decoder[-1].weight.mul_(40)              # so that it matters which z is drawn
     return model, torch.randint(256, (1, 1, 4, 4), dtype=torch.uint8)
 
 
