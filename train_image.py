@@ -4,15 +4,23 @@
     python train_image.py --data photos/ --size 128 --preset paper       own images, on a GPU
     python train_image.py --resume                 go on with runs/image, as if never stopped
     torchrun --nproc_per_node=2 train_image.py     the same run over several processes
+    python train_image.py --preset cifar10-small --model vae     bits/dim as in sec. 4.1, also for
+                                                   vqvae and vimco; --preset cifar10 on a GPU
 
 Stage one trains the VQ-VAE under a uniform prior. Then it is frozen, every image is encoded
 once, and a PixelCNN learns the distribution of the codes; codes drawn from it are decoded to
 images. --out (runs/image) receives reconstructions.png, samples.png, codes.png, curves.png,
-metrics.json, log.csv, config.json and checkpoint.pt; README explains every number.
+metrics.json, log.csv, config.json and checkpoint.pt; README explains every number. The models
+that sec. 4.1 compares with, --model vae and vimco, have stage one only.
 """
 
+import hashlib
 import json
 import math
+import shutil
+import tarfile
+import tempfile
+import urllib.request
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,18 +31,37 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from prior import PixelCNN
-from vqvae import (VQVAE, Gaussian, Parser, Run, VectorQuantizer, VectorQuantizerEMA,
-                   count_codes, perplexity, positive, stop, to_unit)
+from vqvae import (VAE, VIMCO, VQVAE, Categorical, Gaussian, Parser, Run, VectorQuantizer,
+                   VectorQuantizerEMA, bits_per_dim, count_codes, map_gap, perplexity, positive,
+                   stop, to_unit)
 
 PRESETS = {
     # 48 x 48 x 3 -> 12 x 12 codes of 9 bits: the 42.6-fold compression of sec. 4.2, for a laptop.
-    "demo": dict(warmup_steps=150, steps=800, prior_steps=700, batch_size=32, lr=1e-3,
-                 prior_lr=3e-3, lr_decay=0.5, hidden=64, res_hidden=32, prior_channels=64),
+    "demo": dict(warmup_steps=150, steps=700, prior_steps=1500, batch_size=32, lr=1e-3,
+                 prior_batch_size=16, prior_lr=4e-3, lr_decay=0.5, hidden=64, res_hidden=32,
+                 prior_channels=64),
     # ImageNet 128 x 128 x 3 -> 32 x 32, K = 512. Widths, batch and rate from the authors' own
     # public notebook; the paper gives Adam 2e-4 and 250,000 steps for CIFAR-10 only.
     "paper": dict(warmup_steps=1000, steps=250_000, prior_steps=250_000, batch_size=128, lr=2e-4,
                   prior_lr=2e-4, hidden=128, res_hidden=32, size=128, prior_channels=256),
+    # Sec. 4.1. K and D are not public. 640 latents cost 1.04 bits/dim at K = 32, 1.46 at 128, 1.88
+    # at 512, which pays while a bit of rate takes more than a bit off the distortion. The best
+    # public figure, 4.82 (bshall/VectorQuantizedVAE: 8 codebooks, K = 128), is 1.17 + 3.65: K =
+    # 512 arrives at the paper's 4.67 if from there a bit of rate buys 1.2 of distortion. So 512,
+    # as for the paper's other images; 128 is worth a try. D = 32: 320 numbers from 256 channels.
+    "cifar10": dict(data="cifar10", likelihood="categorical", num_codebooks=10, code_dim=32,
+                    warmup_steps=1000, steps=250_000, prior_steps=50_000, batch_size=128, lr=2e-4,
+                    prior_lr=2e-4, hidden=256, res_hidden=256, prior_channels=128),
+    # On a laptop: narrow, few steps, few samples. K = 32: the rate is paid from the first step on.
+    "cifar10-small": dict(data="cifar10", likelihood="categorical", num_codebooks=10, code_dim=16,
+                          num_codes=32, warmup_steps=50, steps=300, prior_steps=200, samples=4,
+                          batch_size=16, lr=1e-3, prior_lr=3e-3, lr_decay=0.5, hidden=32,
+                          res_hidden=32, prior_channels=32),
 }
+
+CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"       # as published on that site
+CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 
 # ---------------------------------------------------------------------------------------------
 # Demo data: one solid in a coloured room, seen from slightly above
@@ -48,8 +75,8 @@ def demo_images(count, seed=0, size=64):
     scenes' factors as {name: (count,) int64} (for what a code can tell about its image)."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(len(SOLIDS), size=count)
-    scene = {"hue": rng.random(count), "wall_hue": rng.random(count),
-             "floor_hue": rng.random(count), "x": rng.uniform(-0.8, 0.8, count),
+    hues = {name: rng.integers(6, size=count) for name in ("hue", "wall_hue", "floor_hue")}
+    scene = {**{name: hue / 6 for name, hue in hues.items()}, "x": rng.uniform(-0.8, 0.8, count),
              "z": rng.uniform(-0.4, 0.7, count), "scale": rng.uniform(1.1, 1.6, count),
              "turn": rng.uniform(0, np.pi / 2, count), "light": rng.uniform(-1.0, 1.0, count)}
     images = np.empty((count, size, size, 3), np.uint8)
@@ -57,13 +84,12 @@ def demo_images(count, seed=0, size=64):
     def fill(part):  # images of one solid, few enough for the cache
         images[part] = render(labels[part[0]], {k: v[part] for k, v in scene.items()}, size)
 
-    parts = [part for label in range(len(SOLIDS))
-             for part in np.split(np.flatnonzero(labels == label), range(16, count, 16)) if len(part)]
+    parts = [part for label in range(len(SOLIDS)) for part in
+             np.split(np.flatnonzero(labels == label), range(16, count, 16)) if len(part)]
     with ThreadPoolExecutor() as pool:                 # numpy works outside Python's lock
         list(pool.map(fill, parts))
-    factors = {"solid": labels, "object hue": (scene["hue"] * 6).astype(int),
-               "wall hue": (scene["wall_hue"] * 6).astype(int),
-               "floor hue": (scene["floor_hue"] * 6).astype(int),
+    factors = {"solid": labels, "object hue": hues["hue"], "wall hue": hues["wall_hue"],
+               "floor hue": hues["floor_hue"],
                "position": np.digitize(scene["x"], (-0.3, 0.3))}
     return images, labels, factors
 
@@ -172,13 +198,15 @@ class Data:
 
 
 def load_data(args):
-    """--data: nothing, a folder of images, or an .npy / .npz file."""
+    """--data: nothing, "cifar10", a folder of images, or an .npy / .npz file."""
     if args.data is None:
         images, labels, factors = demo_images(args.demo_images + args.demo_images // 10, args.seed,
                                               args.size or 48)
         k = args.demo_images
         data = Data(images[:k], images[k:], labels[:k], labels[k:], SOLIDS)
         source = f"--size {args.size}"
+    elif args.data == "cifar10":
+        data, source = load_cifar10(Path(args.data_dir)), "--data cifar10"
     else:
         path = Path(args.data)
         if not path.exists():
@@ -191,6 +219,46 @@ def load_data(args):
         stop(f"{source}: images of {height} x {width}; both sides must be multiples of "
              f"{factor}, the product of the encoder's strides (--size S crops and scales)")
     return data
+
+
+def load_cifar10(folder):
+    """The binary version of CIFAR-10: extracted or packed in `folder`, or else downloaded."""
+    extracted, packed = folder / "cifar-10-batches-bin", folder / "cifar-10-binary.tar.gz"
+    try:
+        if not extracted.is_dir():
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:   # until whole and genuine
+                found = packed if packed.exists() else Path(scratch) / packed.name
+                if found != packed:
+                    print(f"downloading {CIFAR10_URL} (170 MB) to {packed}", flush=True)
+                    with urllib.request.urlopen(CIFAR10_URL, timeout=60) as web:
+                        with open(found, "wb") as f:
+                            shutil.copyfileobj(web, f)
+                with open(found, "rb") as f:
+                    digest = hashlib.file_digest(f, "md5").hexdigest()
+                if digest != CIFAR10_MD5:
+                    raise OSError(f"its MD5 is {digest}, must be {CIFAR10_MD5}")
+                found.replace(packed)
+                with tarfile.open(packed) as archive:
+                    archive.extractall(scratch, filter="data")         # nothing outside scratch
+                (Path(scratch) / extracted.name).rename(extracted)
+        parts = [read_cifar10(extracted / f"data_batch_{i}.bin") for i in range(1, 6)]
+        test, test_labels = read_cifar10(extracted / "test_batch.bin")
+    except (OSError, tarfile.TarError) as e:
+        stop(f"--data cifar10: {packed} is not usable ({' '.join(str(e).split())}): put "
+             f"{CIFAR10_URL} there, or say with --data-dir where it is")
+    images, labels = (np.concatenate(a) for a in zip(*parts))
+    return Data(images, test, labels, test_labels, CIFAR10_CLASSES)
+
+
+def read_cifar10(path):
+    """Records of one byte of label and 3 x 32 x 32 of image."""
+    records = np.fromfile(path, np.uint8)
+    if len(records) % 3073 or not len(records) or records[::3073].max() > 9:
+        raise OSError(f"{path}: {len(records)} bytes; must be records of 3073, first a label 0-9")
+    records = records.reshape(-1, 3073)
+    images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    return np.ascontiguousarray(images), records[:, 0].astype(np.int64)
 
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".ppm", ".tif", ".tiff")
@@ -217,7 +285,7 @@ def class_names(path):
 
 
 def read_images(path, classes, size):
-    """All images below path, sorted by name: (N, H, W, 3) uint8, and labels if there are classes."""
+    """All images below path, by name: (N, H, W, 3) uint8, and labels if there are classes."""
     from PIL import Image
     files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_ENDINGS and p.is_file())
     if not files:
@@ -311,6 +379,17 @@ def hold_out(images, labels, classes, path, test=None):
 def make_parser():
     parser = Parser("image", PRESETS, description=__doc__)
     flag = parser.add_argument
+    flag("--model", choices=["vqvae", "vae", "vimco"], default="vqvae", help="vae and vimco: what "
+         "sec. 4.1 compares with")
+    flag("--likelihood", choices=["mse", "categorical"], default="mse", help="p(x|z): a Gaussian "
+         "(default), or a softmax over 256 intensities (bits/dim; sec. 4.1)")
+    flag("--data-dir", default="data", help="where --data cifar10 looks for the binary version, "
+         "extracted or packed, and keeps what it downloads (default data)")
+    flag("--num-codebooks", type=positive(int), default=1, help="G codes a position (sec. 4.1: 10)")
+    flag("--latents", type=positive(int), default=32, help="numbers a position, for --model vae")
+    flag("--samples", type=positive(int), default=50, help="S >= 2 of --model vimco (paper 50)")
+    flag("--vimco-prior", choices=["uniform", "learned", "gaussian"], default="uniform",
+         help="p(z) of --model vimco (default uniform, as the VQ-VAE's)")
     flag("--codebook", choices=["loss", "ema"], default="loss", help="how the codebook learns: by "
          "eq. 3, term 2 (default, the paper's experiments) or moving averages (A.1)")
     flag("--num-codes", type=positive(int), default=512, help="K (default and paper 512)")
@@ -322,13 +401,15 @@ def make_parser():
     flag("--hidden", type=positive(int), help="channels of encoder and decoder (paper 256 for "
          "CIFAR-10)")
     flag("--res-hidden", type=positive(int), help="channels inside a residual block")
+    flag("--prior-batch-size", type=positive(int), help="examples a step for the prior (default "
+         "--batch-size)")
     flag("--prior-lr", type=positive(float), help="Adam's learning rate for the prior")
     flag("--prior-channels", type=positive(int), help="channels of the PixelCNN")
     flag("--size", type=positive(int), help="crop all images to squares and scale them to "
          "SIZE x SIZE")
     flag("--classifier-steps", type=positive(int), default=800, help="training steps of the "
          "classifier that judges samples, where there are classes (default %(default)s)")
-    flag("--demo-images", type=positive(int), default=4000, help="training images of the demo")
+    flag("--demo-images", type=positive(int), default=8000, help="training images of the demo")
     return parser
 
 
@@ -337,57 +418,90 @@ def main():
     args = run.args
     if args.num_codes < 2:
         stop(f"--num-codes {args.num_codes}: a latent that has one value says nothing; at least 2")
+    if args.model == "vimco" and args.samples < 2:
+        stop("--samples 1: VIMCO judges each sample by the others, so it needs at least 2")
     data = load_data(args)
-    channels_last = data.train.permute(0, 3, 1, 2)     # (N, 3, H, W), bytes stay in place
-    train, test = channels_last.to(run.device), data.test.permute(0, 3, 1, 2).to(run.device)
+    train, test = (x.permute(0, 3, 1, 2).to(run.device)                # (N, 3, H, W), in place
+                   for x in (data.train, data.test))
     variance = float(to_unit(train[::max(1, len(train) // 1000)]).var())
 
-    Quantizer = {"loss": VectorQuantizer, "ema": VectorQuantizerEMA}[args.codebook]
-    model = VQVAE(Quantizer(args.num_codes, args.code_dim, beta=args.beta), Gaussian(variance),
-                  hidden=args.hidden, res_hidden=args.res_hidden)
-    model = model.to(run.device, memory_format=torch.channels_last)    # as the data lie
+    model = make_model(args, variance).to(run.device, memory_format=torch.channels_last)
     height, width = train.shape[2] // 4, train.shape[3] // 4
-    prior = PixelCNN(args.num_codes, args.prior_channels, PixelCNN.layers_for(height, width),
-                     num_classes=len(data.classes)).to(run.device)
-    classifier = Classifier(len(data.classes)).to(run.device) if len(data.classes) > 1 else None
     run.say(f"{len(train)} training and {len(test)} test images of {train.shape[2]} x "
-            f"{train.shape[3]}, {height} x {width} codes each; {sum(p.numel() for p in model.parameters()):,}"
-            f" weights in the VQ-VAE, {sum(p.numel() for p in prior.parameters()):,} in the prior")
-
-    # The codebook starts at encoder outputs; those of a random encoder are no good place. So the
-    # encoder and decoder learn for a moment without it.
-    model.quantizer.requires_grad_(False)
-    run.fit("autoencoder", model, lambda net, index: (net(train[index], quantize=False).loss, {}),
-            len(train), args.warmup_steps, args.batch_size, args.lr)
-    model.quantizer.requires_grad_(True)
-    # Stage one: the VQ-VAE, with the prior "kept constant and uniform".
-    run.fit("vqvae", model, lambda net, index: vqvae_loss(net, train[index], args), len(train),
-            args.steps, args.batch_size, args.lr)
+            f"{train.shape[3]}, {height} x {width} positions each; "
+            f"{sum(p.numel() for p in model.parameters()):,} weights in the model")
+    some = test[:: -(-len(test) // 100)]               # for the curve; the set may be sorted
+    evaluate = (lambda: {f"test_{k}": v for k, v in bits_per_dim(model, some).items()}
+                if args.likelihood == "categorical" else {})
+    if args.model == "vqvae":
+        prior = PixelCNN(args.num_codes, args.prior_channels, PixelCNN.layers_for(height, width),
+                         len(data.classes), num_codebooks=args.num_codebooks).to(run.device)
+        classifier = Classifier(len(data.classes)).to(run.device) if len(data.classes) > 1 else None
+        # The codebook starts at encoder outputs; those of a random encoder are no good place. So
+        # the encoder and decoder learn for a moment without it.
+        model.quantizer.requires_grad_(False)
+        run.fit("autoencoder", model, lambda net, index: (
+            net(train[index], quantize=False).loss, {}), len(train), args.warmup_steps,
+            args.batch_size, args.lr)
+        model.quantizer.requires_grad_(True)
+    # Stage one. For the VQ-VAE the prior is "kept constant and uniform".
+    run.fit(args.model, model, lambda net, index: model_loss(net, train[index], args), len(train),
+            args.steps, args.batch_size, args.lr, evaluate)
     model.requires_grad_(False)                        # stage one is over
-    # Stage two: the codes, once, and the prior on them.
+    if args.model == "vqvae":
+        stage_two(run, model, prior, classifier, data, train, test)
+    else:
+        finish(run, model, test, measure(model, test, None, args))
+
+
+def stage_two(run, model, prior, classifier, data, train, test):
+    """The codes, once, and the prior on them."""
+    args = run.args
     codes, test_codes = encode_all(model, train), encode_all(model, test)
     metrics = measure(model, test, test_codes, args)
-    if metrics["codes_used"] < 0.1 * args.num_codes:
-        run.say(f"warning: only {metrics['codes_used']} of {args.num_codes} codes are in use: the "
-                "prior will look very good, and mean little")
-    labels = None if data.train_labels is None else data.train_labels.to(run.device)
-    test_labels = None if data.test_labels is None else data.test_labels.to(run.device)
-    run.fit("prior", prior, lambda net, index: prior_loss(net, codes[index],
-                                                          None if labels is None else labels[index]),
-            len(codes), args.prior_steps, args.batch_size, args.prior_lr)
+    if metrics["codes_used"] < 0.1 * metrics["num_codes"]:
+        run.say(f"warning: only {metrics['codes_used']} of {metrics['num_codes']} codes are in use:"
+                " the prior will look very good, and mean little")
+    labels, test_labels = (None if y is None else y.to(run.device)
+                           for y in (data.train_labels, data.test_labels))
+    run.fit("prior", prior, lambda net, index: prior_loss(
+        net, codes[index], None if labels is None else labels[index]), len(codes),
+        args.prior_steps, args.prior_batch_size or args.batch_size, args.prior_lr)
     metrics["prior_bits_per_code"] = bits_per_code(prior, test_codes, test_labels)
+    if args.likelihood == "categorical":
+        metrics.update(fitted_prior(metrics, test, test_codes, data.classes))
     if classifier:
         run.fit("classifier", classifier, lambda net, index: (
             F.cross_entropy(net(train[index]), labels[index]), {}), len(train),
             args.classifier_steps, args.batch_size, 2e-3)
     if run.rank == 0:
-        report(run, model, prior, classifier, test, test_labels, data, metrics, (height, width))
+        report(run, model, prior, classifier, test, test_labels, data, metrics)
 
 
-def vqvae_loss(net, x, args):
+def make_model(args, variance):
+    """All three "using the same standard VAE architecture", sec. 4.1."""
+    likelihood = Categorical() if args.likelihood == "categorical" else Gaussian(variance)
+    widths = dict(hidden=args.hidden, res_hidden=args.res_hidden)
+    if args.model == "vae":
+        return VAE(likelihood, args.latents, **widths)
+    if args.model == "vimco":
+        return VIMCO(likelihood, args.num_codes, args.num_codebooks, args.code_dim, args.samples,
+                     args.vimco_prior, **widths)
+    Quantizer = {"loss": VectorQuantizer, "ema": VectorQuantizerEMA}[args.codebook]
+    return VQVAE(Quantizer(args.num_codes, args.code_dim, args.beta,
+                           num_codebooks=args.num_codebooks), likelihood, **widths)
+
+
+def model_loss(net, x, args):
     y = net(x)
-    mse = F.mse_loss(y.out.detach().float(), to_unit(x)) * 255 ** 2
-    return y.loss, {"mse": mse, "codes_used": count_codes(y.codes, args.num_codes)}
+    if args.likelihood == "mse":
+        stats = {"mse": F.mse_loss(y.out.detach().float(), to_unit(x)) * 255 ** 2}
+    else:
+        scale = 1 / (x[0].numel() * math.log(2))       # nats an image -> bits/dim
+        stats = {"rate": y.rate.mean() * scale, "distortion": y.nll.mean() * scale}
+    if y.codes is not None:
+        stats["codes_used"] = count_codes(y.codes, args.num_codes, args.num_codebooks)
+    return y.loss, stats
 
 
 def prior_loss(net, codes, labels):
@@ -403,14 +517,36 @@ def encode_all(model, images, batch=128):
 
 @torch.no_grad()
 def measure(model, images, codes, args, batch=128):
-    """Reconstruction error and code usage over a whole set of images."""
-    error = sum(((model.decode(c).float() - x) ** 2).sum().item()
-                for x, c in zip(images.split(batch), codes.split(batch))) / images.numel()
-    counts = count_codes(codes, args.num_codes)
-    return {"mse": error, "psnr": 10 * math.log10(255 ** 2 / max(error, 1e-9)),
-            "codes_used": int((counts > 0).sum()), "num_codes": args.num_codes,
-            "perplexity": perplexity(counts).item(),
-            "compression": images[0].numel() * 8 / (codes[0].numel() * math.log2(args.num_codes))}
+    """All that can be said without a prior, over a whole set of images: reconstruction error, code
+    usage (codes None: a model without), bits/dim (categorical likelihood)."""
+    decoded = (map(model.decode, codes.split(batch)) if codes is not None else
+               map(model.reconstruct, images.split(batch)))
+    error = sum(((y.float() - x) ** 2).sum().item()
+                for y, x in zip(decoded, images.split(batch))) / images.numel()
+    metrics = {"mse": error, "psnr": 10 * math.log10(255 ** 2 / max(error, 1e-9))}
+    if codes is not None:
+        G = codes.shape[1] if codes.ndim == 4 else 1
+        counts = count_codes(codes, args.num_codes, G)
+        metrics.update({
+            "codes_used": int((counts > 0).sum()), "num_codes": G * args.num_codes,
+            # Over all G * K rows the entropy is log G more than the mean of the G codebooks'.
+            "perplexity": perplexity(counts).item() / G,
+            "compression": images[0].numel() * 8 / (codes[0].numel() * math.log2(args.num_codes))})
+    if isinstance(model.likelihood, Categorical):
+        torch.manual_seed(args.seed)                   # VAE and VIMCO draw z
+        metrics.update(bits_per_dim(model, images))
+        if codes is not None:                          # sec. 3.2: is one term of the sum enough?
+            gaps = [map_gap(model, x).item() for x in images[:: -(-len(images) // 4)]]
+            metrics["map_gap_bits_per_dim"] = np.mean(gaps) / images[0].numel() / math.log(2)
+    return metrics
+
+
+def fitted_prior(metrics, images, codes, classes):
+    """Bits/dim with the PixelCNN in place of the uniform prior ("after training", sec. 3.3)."""
+    # The PixelCNN knows the class. That is one more latent, and has its price: log2 10 bits.
+    bits = metrics["prior_bits_per_code"] * codes[0].numel() + math.log2(max(1, len(classes)))
+    rate = bits / images[0].numel()
+    return {"bits_per_dim_fitted_prior": rate + metrics["distortion"], "rate_fitted_prior": rate}
 
 
 @torch.no_grad()
@@ -441,8 +577,9 @@ class Classifier(nn.Sequential):
         return right / len(labels)
 
 
-def report(run, model, prior, classifier, test, test_labels, data, metrics, field):
+def report(run, model, prior, classifier, test, test_labels, data, metrics):
     """Samples, pictures and metrics.json."""
+    field = test.shape[2] // 4, test.shape[3] // 4
     generator = torch.Generator(run.device).manual_seed(run.args.seed)
     shown = min(10, len(data.classes)) or 8            # columns: a class each
     per_class = 200 // shown if classifier else 8
@@ -454,20 +591,26 @@ def report(run, model, prior, classifier, test, test_labels, data, metrics, fiel
     if classifier:
         metrics["sample_class_accuracy"] = classifier.accuracy(samples, wanted)
         metrics["real_class_accuracy"] = classifier.accuracy(test, test_labels)
+    picture(run.out / "samples.png", samples[:8 * shown].unflatten(0, (8, shown)),
+            "samples: codes from the PixelCNN, decoded", data.classes[:shown])
+    finish(run, model, test, metrics)
+
+
+def finish(run, model, test, metrics):
+    """What every model leaves: reconstructions, curves, metrics.json."""
+    if run.rank != 0:
+        return
     metrics["seconds"] = round(run.seconds, 1)
     run.write("metrics.json", json.dumps(metrics, indent=1))
     run.write_curves()
-    picture(run.out / "samples.png", samples[:8 * shown].unflatten(0, (8, shown)),
-            "samples: codes from the PixelCNN, decoded", data.classes[:shown])
     some = test[:: max(1, len(test) // 16)][:16]
-    pairs = torch.stack([some[:8], model.decode(model.encode(some[:8]))])
-    if len(some) == 16:
-        pairs = torch.cat([pairs, torch.stack([some[8:], model.decode(model.encode(some[8:]))])])
-    picture(run.out / "reconstructions.png", pairs,
-            f"test images, and below each its reconstruction from {field[0]} x {field[1]} codes "
-            f"({metrics['compression']:.1f} times fewer bits)")
+    half = 8 if len(some) == 16 else len(some)
+    rows = [images for part in some.split(half) for images in (part, model.reconstruct(part))]
+    bits = f" ({metrics['compression']:.1f} times fewer bits)" if "compression" in metrics else ""
+    picture(run.out / "reconstructions.png", torch.stack(rows),
+            f"test images, and below each its reconstruction{bits}")
     for name, value in metrics.items():
-        run.say(f"{name:24} {value:.4g}" if isinstance(value, float) else f"{name:24} {value}")
+        run.say(f"{name:26} {value:.4g}" if isinstance(value, float) else f"{name:26} {value}")
     run.say(f"pictures and numbers are in {run.out}")
 
 
@@ -479,9 +622,10 @@ def picture(path, images, title, columns=()):
     rows, cols, _, height, width = images.shape
     sheet = images.permute(0, 3, 1, 4, 2)              # (rows, H, cols, W, 3)
     sheet = F.pad(sheet, (0, 0, 1, 1, 0, 0, 1, 1), value=255).flatten(2, 3).flatten(0, 1)
-    figure = plt.figure(figsize=(10, 10 * sheet.shape[0] / sheet.shape[1] + 0.6), layout="constrained")
+    figure = plt.figure(figsize=(10, 10 * sheet.shape[0] / sheet.shape[1] + 0.6),
+                        layout="constrained")
     axis = figure.add_subplot(title=title)
-    axis.imshow(sheet.cpu())
+    axis.imshow(sheet.cpu().numpy())
     axis.set(yticks=[], xticks=[(k + 0.5) * (width + 2) for k in range(len(columns))])
     axis.set_xticklabels(columns)
     axis.tick_params(length=0)

@@ -245,7 +245,8 @@ def count_codes(codes, num_codes, num_codebooks=1):
     codes = codes.transpose(0, 1).flatten(1)                           # (G, N)
     first = torch.arange(num_codebooks, device=codes.device).unsqueeze(1) * num_codes
     counts = torch.zeros(num_codebooks * num_codes, device=codes.device)
-    return counts.index_add_(0, (codes + first).flatten(), torch.ones_like(codes.flatten(), dtype=counts.dtype))
+    rows = (codes + first).flatten()
+    return counts.index_add_(0, rows, torch.ones_like(rows, dtype=counts.dtype))
 
 
 def perplexity(counts):
@@ -346,22 +347,28 @@ class Categorical:
     """p(x|z) = a softmax over the 256 intensities of every colour of every pixel.
 
     What the authors used for the likelihoods of sec. 4.1 (they said so by e-mail; the paper does
-    not). A distribution over bytes: log p is comparable between models, and with 8 bits.
+    not). A distribution over bytes, so -log2 p is a number of bits: comparable between models,
+    and with the 8 bits of a byte nothing is known about.
     """
 
     outputs = 256
 
+    def logits(self, out):
+        """(B, C * 256, H, W) -> (B, H, W, C, 256): a view when the network is channels_last."""
+        return out.permute(0, 2, 3, 1).unflatten(3, (-1, 256))
+
     def nll(self, out, x):
-        """-log p(x|z) in nats: out (B, 256 * C, H, W), uint8 x (B, C, H, W) -> (B,)."""
+        """-log p(x|z) in nats: out (B, C * 256, H, W), uint8 x (B, C, H, W) -> (B,)."""
         # The bytes themselves are the classes: rebuilt from scaled floats some would be off by 1.
-        logits = out.unflatten(1, (256, -1))           # (B, 256, C, H, W)
-        return F.cross_entropy(logits, x.long(), reduction="none").flatten(1).sum(1)
+        target = x.permute(0, 2, 3, 1).long()          # (B, H, W, C)
+        nats = F.cross_entropy(self.logits(out).flatten(0, 3), target.flatten(), reduction="none")
+        return nats.view(len(x), -1).sum(1)
 
     def image(self, out):
         """The mean of p(x|z) as uint8 (B, C, H, W)."""
-        p = out.float().unflatten(1, (256, -1)).softmax(1)
-        levels = torch.arange(256, device=out.device, dtype=p.dtype)
-        return torch.einsum("bvchw,v->bchw", p, levels).round().to(torch.uint8)
+        p = self.logits(out).float().softmax(-1)
+        mean = p @ torch.arange(256, device=out.device, dtype=p.dtype)
+        return mean.round().to(torch.uint8).permute(0, 3, 1, 2)
 
 
 def to_unit(x):
@@ -379,7 +386,7 @@ class Output(NamedTuple):
 
     loss: torch.Tensor   # scalar to minimise
     nll: torch.Tensor    # (B,)  distortion: -log p(x|z)
-    rate: torch.Tensor   # (B,)  what z costs: the KL from the prior
+    rate: torch.Tensor   # (B,)  what z costs: for the VQ-VAE and the VAE the KL from the prior
     out: torch.Tensor    # (B, C * likelihood.outputs, H, W)  parameters of p(x|z)
     codes: torch.Tensor  # (B, h, w) or (B, G, h, w) int64; None for continuous z
 
@@ -437,23 +444,55 @@ class VQVAE(nn.Module):
 
 
 @torch.no_grad()
-def bits_per_dim(model, images, batch=100):
-    """-log2 p(x) per byte of x, an upper bound, over all of `images` (N, C, H, W) uint8.
+def bits_per_dim(model, images, batch=32):
+    """An upper bound of -log2 p(x) per byte of x, over all of `images` (N, C, H, W) uint8.
 
-    Sec. 3.2 for the VQ-VAE: log p(x) = log sum_k p(x|z_k) p(z_k), and one term of a sum of
-    positive terms is less than the sum, so log p(x) >= log p(x|z_q(x)) p(z_q(x)). In nats
-    -log p(x) <= -log p(x|z_q) [distortion] + N log K [rate, uniform prior]; divided by the
-    number of bytes and by log 2 these are bits per dimension. A VAE's ELBO has the same two
-    parts, with the KL of its Gaussians as rate. Knowing nothing costs exactly 8.
+    Sec. 3.2 for the VQ-VAE: log p(x) = log sum_k p(x|z_k) p(z_k). A sum of positive terms is at
+    least any one of them, so log p(x) >= log p(x|z_q(x)) p(z_q(x)). The uniform prior gives each
+    of the N latents of an image 1/K, hence
+        -log p(x) <= -log p(x|z_q)  [distortion]  +  N log K  [rate, the KL of sec. 3.1].
+    Divided by log 2 and by the number of bytes in x these are bits per dimension. The VAE's
+    bound has the same two parts, with the KL of its Gaussians as rate; VIMCO's is split in
+    VIMCO.forward. A model that knows nothing pays exactly 8: it had better send x as it is.
 
-    Returns {"bits_per_dim", "rate", "distortion"}. The model must be in eval mode.
+    Returns {"bits_per_dim", "rate", "distortion"}; eval mode. VAE and VIMCO draw z: seed torch.
     """
+    if not isinstance(model.likelihood, Categorical):
+        raise ValueError("bits per dimension need p(x|z) over bytes, likelihood Categorical(): "
+                         "the density of a Gaussian is no probability, and may exceed 1")
     nll = rate = 0.0
     for x in images.split(batch):                      # the last, smaller batch included
         y = model(x)
         nll, rate = nll + y.nll.double().sum().item(), rate + y.rate.double().sum().item()
     scale = 1 / (images.numel() * math.log(2))
     return {"bits_per_dim": (nll + rate) * scale, "rate": rate * scale, "distortion": nll * scale}
+
+
+@torch.no_grad()
+def map_gap(model, x, nearest=1, batch=64):
+    """How much -log p(x) is below -log p(x, z_q(x)), at least: in nats, for one image (C, H, W).
+
+    Sec. 3.2 keeps one term of log sum_z p(x|z) p(z), for "the decoder should not allocate any
+    probability mass to p(x|z) for z != z_q(x) once it has fully converged". Here the terms are
+    added in which a single latent takes one of its `nearest` other codes, next in distance to
+    z_e: N * nearest of them, each a run of the decoder. All terms are positive, so what they add
+    is a lower bound of what the whole sum would; the whole sum has K^N of them.
+    """
+    vq, x = model.quantizer, x.unsqueeze(0)
+    z_e = model.encoder(to_unit(x))
+    codes = vq(z_e).codes                              # (1, h, w) or (1, G, h, w)
+    e = vq.codebook.view(vq.num_codebooks, vq.num_codes, vq.code_dim)
+    distance = torch.cdist(vq.to_vectors(z_e), e).flatten(0, 1)        # (N, K), N = G*h*w
+    distance.scatter_(1, codes.view(-1, 1), math.inf)  # the code that is in z_q already
+    others = distance.topk(nearest, largest=False).indices             # (N, nearest)
+    z = codes.flatten().repeat(others.numel(), 1)      # (N * nearest, N)
+    changed = torch.arange(len(z), device=z.device)
+    z[changed, changed // nearest] = others.flatten()
+    z = torch.cat([codes.view(1, -1), z]).view(-1, *codes.shape[1:])
+    nll = torch.cat([model.likelihood.nll(model.decoder(vq.lookup(part)),
+                                          x.expand(len(part), -1, -1, -1))
+                     for part in z.split(batch)])
+    return (nll[0] - nll).logsumexp(0)                 # the prior is uniform: it cancels
 
 
 # ---------------------------------------------------------------------------------------------
@@ -464,10 +503,11 @@ def bits_per_dim(model, images, batch=100):
 class VAE(nn.Module):
     """Gaussian z with the reparametrisation trick (the paper's [23, 32]).
 
-    latents: continuous numbers at every position of the field, the counterpart of G codes.
+    latents: continuous numbers at every position of the field. More than it needs cost nothing:
+    q(z|x) of the spare ones becomes the prior, their KL 0.
     """
 
-    def __init__(self, likelihood, latents=10, channels=3, hidden=256, res_hidden=256,
+    def __init__(self, likelihood, latents=32, channels=3, hidden=256, res_hidden=256,
                  strides=(2, 2)):
         super().__init__()
         self.encoder = Encoder(channels, hidden, res_hidden, 2 * latents, strides)
@@ -492,85 +532,106 @@ def gaussian_kl(mean, log_var):
     return 0.5 * (mean.square() + log_var.exp() - 1 - log_var)
 
 
+def gaussian_log_prob(z, mean, log_var):
+    """log N(z; mean, var) of every number."""
+    return -0.5 * ((z - mean).square() * (-log_var).exp() + log_var + math.log(2 * math.pi))
+
+
 class VIMCO(nn.Module):
-    """Discrete z learned by multi-sample score-function gradients (the paper's [28], Mnih and
-    Rezende 2016, "Variational inference for Monte Carlo objectives").
+    """Latents that are drawn, learned by multi-sample score-function gradients (the paper's [28],
+    Mnih and Rezende 2016, "Variational inference for Monte Carlo objectives").
 
     Args:
-        num_codes, num_codebooks, code_dim: as in the quantiser. The encoder outputs the logits
-            of q(z|x) for every latent; the decoder gets a learned vector for every drawn code.
-        samples: S of the bound; "we use 50 samples". The decoder runs S times.
-        latent: "categorical" with uniform p(z), or "gaussian" with p(z) = N(0, 1) (code_dim
-            and num_codes then mean nothing). The paper tried both.
+        num_codes, num_codebooks, code_dim: K, G, D as in the quantiser. The encoder outputs the
+            logits of q(z|x) for every latent, the decoder gets a learned vector for every code.
+        samples: S of the bound, at least 2; "we use 50 samples". The decoder runs S times.
+        prior: "independent Gaussian or categorical priors": "uniform" or "learned" over the K
+            codes, or "gaussian", where z is G numbers at a position and p(z) = N(0, 1).
     """
 
-    def __init__(self, likelihood, num_codes=512, num_codebooks=10, code_dim=64, samples=50,
-                 latent="categorical", channels=3, hidden=256, res_hidden=256, strides=(2, 2)):
+    def __init__(self, likelihood, num_codes=512, num_codebooks=10, code_dim=32, samples=50,
+                 prior="uniform", channels=3, hidden=256, res_hidden=256, strides=(2, 2)):
         super().__init__()
-        G, K = num_codebooks, num_codes
-        self.samples, self.num_codes, self.num_codebooks, self.latent = samples, K, G, latent
-        discrete = latent == "categorical"
-        self.encoder = Encoder(channels, hidden, res_hidden, G * (K if discrete else 2), strides)
-        self.embed = nn.Embedding(G * K, code_dim) if discrete else None   # as VectorQuantizer
-        self.decoder = Decoder(G * (code_dim if discrete else 1), hidden, res_hidden,
-                               channels * likelihood.outputs, strides)
+        if samples < 2:
+            raise ValueError(f"samples {samples}: each is judged by the others, so at least 2")
+        G, K, D = num_codebooks, num_codes, code_dim
+        self.num_codes, self.num_codebooks, self.samples, self.prior = K, G, samples, prior
+        K, D = (2, 1) if prior == "gaussian" else (K, D)               # mean and log variance
+        self.encoder = Encoder(channels, hidden, res_hidden, G * K, strides)
+        self.decoder = Decoder(G * D, hidden, res_hidden, channels * likelihood.outputs, strides)
+        if prior != "gaussian":
+            self.codebook = nn.Embedding(G * K, D)     # rows g*K .. (g+1)*K - 1 belong to slice g
+            # log p(z) but for its normaliser, the same at every position.
+            self.log_prior = nn.Parameter(torch.zeros(G, 1, 1, K), prior == "learned")
         self.likelihood = likelihood
 
-    def posterior(self, x):
-        """q(z|x) and p(z), distributions over (B, G, h, w)."""
-        h = self.encoder(to_unit(x)).float().unflatten(1, (self.num_codebooks, -1)).movedim(2, -1)
-        if self.latent == "gaussian":
-            mean, log_var = h.unbind(-1)
-            return (torch.distributions.Normal(mean, (0.5 * log_var).exp()),
-                    torch.distributions.Normal(torch.zeros_like(mean), torch.ones_like(mean)))
-        return (torch.distributions.Categorical(logits=h),             # h (B, G, h, w, K)
-                torch.distributions.Categorical(logits=torch.zeros_like(h)))
+    def encode(self, x):
+        """What q(z|x) is made of: (B, G, h, w, K) logits, or (B, G, h, w, 2)."""
+        h = self.encoder(to_unit(x)).float()
+        return h.unflatten(1, (self.num_codebooks, -1)).movedim(2, -1)
 
-    def decoder_input(self, z):
-        """z (M, G, h, w) -> (M, channels, h, w)."""
-        if self.latent == "gaussian":
+    def draw(self, x):
+        """z (S, B, G, h, w) from q(z|x), and log q(z|x) and log p(z), (S, B) each."""
+        h, S = self.encode(x), self.samples
+        if self.prior == "gaussian":
+            mean, log_var = h.unbind(-1)
+            z = mean + (0.5 * log_var).exp() * torch.randn(S, *mean.shape, device=h.device)
+            z, zero = z.detach(), torch.zeros_like(mean)               # no reparametrisation here
+            log_q, log_p = gaussian_log_prob(z, mean, log_var), gaussian_log_prob(z, zero, zero)
+        else:
+            log_q = h.log_softmax(-1)
+            log_p = self.log_prior.log_softmax(-1).expand_as(h)
+            u = torch.rand(*h.shape[:-1], S, device=h.device)          # (B, G, h, w, S)
+            z = torch.searchsorted(log_q.detach().exp().cumsum(-1), u).clamp(max=self.num_codes - 1)
+            log_q, log_p, z = (a.movedim(-1, 0)
+                               for a in (log_q.gather(-1, z), log_p.gather(-1, z), z))
+        return z, log_q.flatten(2).sum(2), log_p.flatten(2).sum(2)
+
+    def embed(self, z):
+        """z (M, G, h, w) -> the decoder's input (M, G * D, h, w)."""
+        if self.prior == "gaussian":
             return z
         first = torch.arange(self.num_codebooks, device=z.device).view(-1, 1, 1) * self.num_codes
-        return self.embed(z + first).movedim(-1, 2).flatten(1, 2)
+        return self.codebook(z + first).movedim(-1, 2).flatten(1, 2)
 
     def forward(self, x):
-        q, p = self.posterior(x)
-        z = q.sample((self.samples,))                                  # (S, B, G, h, w)
-        log_q = q.log_prob(z).flatten(2).sum(2)                        # (S, B)
-        log_p = p.log_prob(z).flatten(2).sum(2)
-        out = self.decoder(self.decoder_input(z.flatten(0, 1)))
+        z, log_q, log_p = self.draw(x)
+        out = self.decoder(self.embed(z.flatten(0, 1)))                # (S * B, ...)
         nll = self.likelihood.nll(out, x.repeat(self.samples, 1, 1, 1)).view_as(log_q)
-        bound, surrogate = vimco(log_p - nll - log_q, log_q)
-        # A multi-sample bound has no rate of its own. We show the KL, and the rest as distortion.
-        rate = torch.distributions.kl_divergence(q, p).flatten(1).sum(1).detach()
-        codes = z[0] if self.latent == "categorical" else None
-        return Output(-surrogate.mean() / x[0].numel(), -bound.detach() - rate, rate,
+        log_f = log_p - nll - log_q                                    # (S, B)
+        bound, surrogate = vimco(log_f, log_q)
+        # L pays for this code: draw S, keep one with probability w_s = f_s / sum f. What the one
+        # that is kept leaves to p(x|z) is the distortion; the rest of L was spent on z.
+        distortion = (log_f.softmax(0) * nll).sum(0).detach()
+        codes = None if self.prior == "gaussian" else z[0]
+        return Output(-surrogate.mean() / x[0].numel(), distortion, -bound.detach() - distortion,
                       out[:len(x)], codes)
 
     @torch.no_grad()
     def reconstruct(self, x):
-        q, _ = self.posterior(x)
-        z = q.mean if self.latent == "gaussian" else q.logits.argmax(-1)
-        return self.likelihood.image(self.decoder(self.decoder_input(z)))
+        h = self.encode(x)
+        z = h[..., 0] if self.prior == "gaussian" else h.argmax(-1)    # mean or mode of q(z|x)
+        return self.likelihood.image(self.decoder(self.embed(z)))
 
 
 def vimco(log_f, log_q):
-    """The multi-sample bound and a scalar whose gradient is VIMCO's estimate of the bound's.
+    """The multi-sample bound, and a scalar whose gradient is VIMCO's estimate of the bound's.
 
     log_f, log_q (S, B): log p(x, z_s) - log q(z_s|x), and log q(z_s|x), for S >= 2 samples.
-    Returns bound (B,), L = log 1/S sum_s f_s <= log p(x) in expectation, and surrogate (B,).
+    Returns bound (B,), L = log 1/S sum_s f_s, whose mean is <= log p(x), and surrogate (B,).
 
-    grad E[L] = E[ sum_s (L - L_-s) grad log q(z_s|x) + grad L ], the last with z_s held fixed.
-    L_-s is L without what z_s contributed, f_s being replaced by the geometric mean of the
-    others: it does not depend on z_s, so it changes the variance and not the mean, and each
-    sample is paid for what it alone has brought.
+    grad E[L] = E[ sum_s L grad log q(z_s|x) + grad L ], the last with every z_s held fixed. The
+    first part is REINFORCE: every sample gets the same reward L, whoever earned it. VIMCO gives
+    sample s what it alone has brought, L - L_-s, where L_-s is L with f_s replaced by the
+    geometric mean of the others. L_-s does not depend on z_s, so E[L_-s grad log q(z_s|x)] = 0:
+    the mean stays, the variance falls.
     """
     S = len(log_f)
     bound = log_f.logsumexp(0) - math.log(S)
     others = (log_f.sum(0) - log_f) / (S - 1)          # (S, B)  log of that geometric mean
     own = torch.eye(S, dtype=torch.bool, device=log_f.device).unsqueeze(2)
     without = torch.where(own, others.unsqueeze(1), log_f.unsqueeze(0))    # (S, S, B)
-    signal = bound - (without.logsumexp(1) - math.log(S))                  # (S, B)
+    signal = bound - (without.logsumexp(1) - math.log(S))                  # (S, B)  L - L_-s
     return bound, bound + (signal.detach() * log_q).sum(0)
 
 
@@ -657,9 +718,6 @@ class Run:
             parser.set_defaults(**{k: v for k, v in saved["args"].items()
                                    if k not in ("out", "device", "resume")})
         self.args = parser.parse_args()
-        if self.args.batch_size % self.world:
-            stop(f"--batch-size {self.args.batch_size} does not divide among {self.world} "
-                 "processes")
         self.fresh = not args.resume
         torch.manual_seed(self.args.seed)
 
@@ -691,9 +749,11 @@ class Run:
         """
         if examples < batch_size:
             stop(f"{examples} training examples are fewer than --batch-size {batch_size}")
+        if batch_size % self.world:
+            stop(f"--batch-size {batch_size} does not divide among {self.world} processes")
         self.make_folder()
         model.to(self.device).train()
-        optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+        optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=self.device.type != "mps")
         first = self.restore(stage, model, optimizer)
         net = model
         if self.world > 1 and first < steps:

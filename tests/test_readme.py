@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import torch
+
 import prior
 import vqvae
 
@@ -22,9 +24,10 @@ def test_snippets_print_what_their_comments_say():
     snippets = re.findall(r"```python\n(.*?)```", README, re.S)
     assert snippets, "README has no snippet left"
     for code in snippets:
-        said = [line.split("#")[1].strip() for line in code.splitlines() if line.startswith("print")]
+        said = [line.split("#")[1].strip() for line in code.splitlines()
+                if line.startswith("print")]
         printed = []
-        exec(code, {"print": lambda value: printed.append(str(value)), "torch": __import__("torch")})
+        exec(code, {"print": lambda value: printed.append(str(value)), "torch": torch})
         assert printed == said
 
 

@@ -425,7 +425,7 @@ def test_checkpoint_of_another_model_is_refused(make_run, capsys):
 def test_batch_that_does_not_divide_among_the_processes(make_run, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    line = stopped(capsys, make_run)
+    line = stopped(capsys, train, make_run(), nn.Linear(3, 1))
     assert "--batch-size 4" in line and "3 processes" in line
 
 
