@@ -9,7 +9,7 @@
 
 Stage one trains the VQ-VAE under a uniform prior. Then it is frozen, every image is encoded
 once, and a PixelCNN learns the distribution of the codes; codes drawn from it are decoded to
-images. --out (runs/image) receives reconstructions.png, samples.png, codes.png, curves.png,
+images. --out (runs/image) receives reconstructions.png, samples.png, curves.png,
 metrics.json, log.csv, config.json and checkpoint.pt; README explains every number. The models
 that sec. 4.1 compares with, --model vae and vimco, have stage one only.
 """
@@ -68,6 +68,9 @@ CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".
 # ---------------------------------------------------------------------------------------------
 
 SOLIDS = ("sphere", "cylinder", "cone", "cube", "pyramid")
+HUES = np.arange(6) / 6
+FACTORS = {"hue": HUES, "wall_hue": HUES, "floor_hue": HUES, "x": np.linspace(-0.75, 0.75, 6),
+           "z": (-0.2, 0.5), "scale": (1.2, 1.5), "turn": (0.1, 0.6, 1.1), "light": (-0.9, 0.9)}
 
 
 def demo_images(count, seed=0, size=64):
@@ -75,10 +78,10 @@ def demo_images(count, seed=0, size=64):
     scenes' factors as {name: (count,) int64} (for what a code can tell about its image)."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(len(SOLIDS), size=count)
-    hues = {name: rng.integers(6, size=count) for name in ("hue", "wall_hue", "floor_hue")}
-    scene = {**{name: hue / 6 for name, hue in hues.items()}, "x": rng.uniform(-0.8, 0.8, count),
-             "z": rng.uniform(-0.4, 0.7, count), "scale": rng.uniform(1.1, 1.6, count),
-             "turn": rng.uniform(0, np.pi / 2, count), "light": rng.uniform(-1.0, 1.0, count)}
+    # Every factor takes a few values only: a prior that minutes on a laptop can train must be
+    # able to learn how they go together.
+    index = {name: rng.integers(len(values), size=count) for name, values in FACTORS.items()}
+    scene = {name: np.asarray(FACTORS[name])[k] for name, k in index.items()}
     images = np.empty((count, size, size, 3), np.uint8)
 
     def fill(part):  # images of one solid, few enough for the cache
@@ -88,10 +91,7 @@ def demo_images(count, seed=0, size=64):
              np.split(np.flatnonzero(labels == label), range(16, count, 16)) if len(part)]
     with ThreadPoolExecutor() as pool:                 # numpy works outside Python's lock
         list(pool.map(fill, parts))
-    factors = {"solid": labels, "object hue": hues["hue"], "wall hue": hues["wall_hue"],
-               "floor hue": hues["floor_hue"],
-               "position": np.digitize(scene["x"], (-0.3, 0.3))}
-    return images, labels, factors
+    return images, labels, {"solid": labels, **index}
 
 
 def render(label, scene, size):
@@ -200,8 +200,8 @@ class Data:
 def load_data(args):
     """--data: nothing, "cifar10", a folder of images, or an .npy / .npz file."""
     if args.data is None:
-        images, labels, factors = demo_images(args.demo_images + args.demo_images // 10, args.seed,
-                                              args.size or 48)
+        images, labels, _ = demo_images(args.demo_images + args.demo_images // 10, args.seed,
+                                        args.size or 48)
         k = args.demo_images
         data = Data(images[:k], images[k:], labels[:k], labels[k:], SOLIDS)
         source = f"--size {args.size}"
