@@ -136,7 +136,7 @@ def synthesise(phones, speakers, rng, rate, frame=8):
         wave[t] = x
     # Pre-emphasis, usual in speech processing: else F1 is nearly all there is of the waveform.
     wave[1:] -= 0.7 * wave[:-1]
-    wave = wave.T * (0.09 / np.sqrt((wave.T ** 2).mean(1, keepdims=True)))
+    wave = wave.T * (0.09 / np.sqrt((wave.T ** 2).mean(1, keepdims=True).clip(1e-9)))
     return (wave + 5e-4 * noise[::-1]).clip(-1, 1)     # a little noise of the room
 
 
@@ -404,8 +404,10 @@ class SpeechVQVAE(nn.Module):
             self.revive(z_e.detach(), q.codes)
         logits = self.decoder(x.long(), self.context(q.z_q), speaker)  # (B, 256, T)
         nll = F.cross_entropy(logits.float(), x.long(), reduction="none").sum(1)
-        # As in VQVAE.forward: all terms of eq. 3 for each latent.
-        return Output(nll.mean() / q.codes.shape[1] + q.loss, nll, logits, q.codes)
+        latents = q.codes.shape[1]                     # N of one crop
+        # All three terms of eq. 3 for each latent: the data term is what its samples cost.
+        rate = torch.full_like(nll, latents * math.log(self.quantizer.num_codes))
+        return Output(nll.mean() / latents + q.loss, nll, rate, logits, q.codes)
 
     @torch.no_grad()
     def revive(self, z_e, codes, patience=50):

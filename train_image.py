@@ -37,8 +37,8 @@ from vqvae import (VAE, VIMCO, VQVAE, Categorical, Gaussian, Parser, Run, Vector
 
 PRESETS = {
     # 48 x 48 x 3 -> 12 x 12 codes of 9 bits: the 42.6-fold compression of sec. 4.2, for a laptop.
-    "demo": dict(warmup_steps=150, steps=700, prior_steps=1500, batch_size=32, lr=1e-3,
-                 prior_batch_size=16, prior_lr=4e-3, lr_decay=0.5, hidden=64, res_hidden=32,
+    "demo": dict(warmup_steps=150, steps=700, prior_steps=800, batch_size=32, lr=1e-3,
+                 prior_lr=3e-3, lr_decay=0.5, hidden=64, res_hidden=32,
                  prior_channels=64),
     # ImageNet 128 x 128 x 3 -> 32 x 32, K = 512. Widths, batch and rate from the authors' own
     # public notebook; the paper gives Adam 2e-4 and 250,000 steps for CIFAR-10 only.
@@ -68,9 +68,6 @@ CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".
 # ---------------------------------------------------------------------------------------------
 
 SOLIDS = ("sphere", "cylinder", "cone", "cube", "pyramid")
-HUES = np.arange(6) / 6
-FACTORS = {"hue": HUES, "wall_hue": HUES, "floor_hue": HUES, "x": np.linspace(-0.75, 0.75, 6),
-           "z": (-0.2, 0.5), "scale": (1.2, 1.5), "turn": (0.1, 0.6, 1.1), "light": (-0.9, 0.9)}
 
 
 def demo_images(count, seed=0, size=64):
@@ -78,10 +75,11 @@ def demo_images(count, seed=0, size=64):
     scenes' factors as {name: (count,) int64} (for what a code can tell about its image)."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(len(SOLIDS), size=count)
-    # Every factor takes a few values only: a prior that minutes on a laptop can train must be
-    # able to learn how they go together.
-    index = {name: rng.integers(len(values), size=count) for name, values in FACTORS.items()}
-    scene = {name: np.asarray(FACTORS[name])[k] for name, k in index.items()}
+    # Six hues, not any: a prior trained for minutes on a laptop must learn how they go together.
+    hues = {name: rng.integers(6, size=count) for name in ("hue", "wall_hue", "floor_hue")}
+    scene = {**{name: hue / 6 for name, hue in hues.items()}, "x": rng.uniform(-0.8, 0.8, count),
+             "z": rng.uniform(-0.4, 0.7, count), "scale": rng.uniform(1.1, 1.6, count),
+             "turn": rng.uniform(0, np.pi / 2, count), "light": rng.uniform(-1.0, 1.0, count)}
     images = np.empty((count, size, size, 3), np.uint8)
 
     def fill(part):  # images of one solid, few enough for the cache
@@ -91,7 +89,8 @@ def demo_images(count, seed=0, size=64):
              np.split(np.flatnonzero(labels == label), range(16, count, 16)) if len(part)]
     with ThreadPoolExecutor() as pool:                 # numpy works outside Python's lock
         list(pool.map(fill, parts))
-    return images, labels, {"solid": labels, **index}
+    factors = {"solid": labels, **hues, "position": np.digitize(scene["x"], (-0.3, 0.3))}
+    return images, labels, factors
 
 
 def render(label, scene, size):

@@ -753,7 +753,7 @@ class Run:
             stop(f"--batch-size {batch_size} does not divide among {self.world} processes")
         self.make_folder()
         model.to(self.device).train()
-        optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=self.device.type != "mps")
+        optimizer = torch.optim.Adam(model.parameters(), lr=lr)
         first = self.restore(stage, model, optimizer)
         net = model
         if self.world > 1 and first < steps:
