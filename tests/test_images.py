@@ -13,7 +13,7 @@ from PIL import Image
 import train_image
 from prior import PixelCNN
 from conftest import ROOT
-from test_run import python, same, stopped
+from test_run import Trap, python, same, stopped
 from train_image import bits_per_code, demo_images, encode_all, measure
 from vqvae import VQVAE, Gaussian, VectorQuantizer
 
@@ -243,6 +243,12 @@ def test_bad_data_is_named_in_one_line_and_touches_nothing(main, capsys, tmp_pat
     left = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
     assert left == {"checkpoint.pt": b"an older run"}, (
         "a slip in --data must leave the folder of an older run as it was")
+
+
+def test_an_array_that_would_run_code_is_refused(main, capsys, tmp_path):
+    np.save(tmp_path / "a.npy", np.array([Trap(str(tmp_path / "sprung"))]), allow_pickle=True)
+    stopped(capsys, main, "--data", tmp_path / "a.npy")
+    assert not (tmp_path / "sprung").exists(), "numpy.load needs allow_pickle=False"
 
 
 def test_fewer_images_than_a_batch(main, capsys, tmp_path):
