@@ -143,6 +143,8 @@ def test_cached_sampler_equals_naive(height, width, condition, device):
     classes, kind = CONDITIONS[condition]
     cnn = PixelCNN(23, 8, PixelCNN.layers_for(height, width), num_classes=classes,
                    cond_channels=4 if kind else 0).double().to(device)
+    for p in cnn.parameters():
+        p.data.mul_(3)                                 # sure of itself: an error shows in the codes
     labels = torch.tensor([2, 0, 1], device=device) if classes else None
     size = (1, 1) if kind == "constant" else (height, width)
     cond = torch.randn(3, 4, *size, dtype=torch.float64, device=device) if kind else None
