@@ -75,11 +75,12 @@ def demo_images(count, seed=0, size=64):
     scenes' factors as {name: (count,) int64} (for what a code can tell about its image)."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(len(SOLIDS), size=count)
-    # Six hues, not any: a prior trained for minutes on a laptop must learn how they go together.
-    hues = {name: rng.integers(6, size=count) for name in ("hue", "wall_hue", "floor_hue")}
-    scene = {**{name: hue / 6 for name, hue in hues.items()}, "x": rng.uniform(-0.8, 0.8, count),
-             "z": rng.uniform(-0.4, 0.7, count), "scale": rng.uniform(1.1, 1.6, count),
-             "turn": rng.uniform(0, np.pi / 2, count), "light": rng.uniform(-1.0, 1.0, count)}
+    # Six paints and six rooms: a prior trained for minutes must learn how colours go together.
+    hue, room = rng.integers(6, size=count), rng.integers(6, size=count)
+    scene = {"hue": hue / 6, "wall_hue": room / 6, "floor_hue": (room + 2) / 6,
+             "x": rng.uniform(-0.7, 0.7, count), "z": rng.uniform(-0.4, 0.4, count),
+             "scale": rng.uniform(1.3, 1.7, count), "turn": rng.uniform(0, np.pi / 2, count),
+             "light": rng.uniform(-1.0, 1.0, count)}
     images = np.empty((count, size, size, 3), np.uint8)
 
     def fill(part):  # images of one solid, few enough for the cache
@@ -89,7 +90,8 @@ def demo_images(count, seed=0, size=64):
              np.split(np.flatnonzero(labels == label), range(16, count, 16)) if len(part)]
     with ThreadPoolExecutor() as pool:                 # numpy works outside Python's lock
         list(pool.map(fill, parts))
-    factors = {"solid": labels, **hues, "position": np.digitize(scene["x"], (-0.3, 0.3))}
+    factors = {"solid": labels, "hue": hue, "room": room,
+               "position": np.digitize(scene["x"], (-0.25, 0.25))}
     return images, labels, factors
 
 
@@ -200,7 +202,7 @@ def load_data(args):
     """--data: nothing, "cifar10", a folder of images, or an .npy / .npz file."""
     if args.data is None:
         images, labels, _ = demo_images(args.demo_images + args.demo_images // 10, args.seed,
-                                        args.size or 48)
+                                        args.size or 32)
         k = args.demo_images
         data = Data(images[:k], images[k:], labels[:k], labels[k:], SOLIDS)
         source = f"--size {args.size}"
