@@ -1,0 +1,198 @@
+"""tutorial.ipynb: its cells run, compute what its prose says, and point at tests that exist."""
+
+import ast
+import base64
+import io
+import math
+import re
+import wave
+from pathlib import Path
+
+import matplotlib
+import nbformat
+import pytest
+import torch
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402  (the backend comes first)
+
+ROOT = Path(__file__).parent.parent
+PATH = ROOT / "tutorial.ipynb"
+NOTEBOOK = nbformat.read(PATH, as_version=4)
+CELLS = [cell for cell in NOTEBOOK.cells if cell.cell_type == "code"]
+PROSE = "\n\n".join(cell.source for cell in NOTEBOOK.cells if cell.cell_type == "markdown")
+PARTS = re.split(r"^## (?=\d+\. )", PROSE, flags=re.M)[1:]
+MODULES = ["vqvae.py", "prior.py", "train_image.py", "train_audio.py", "train_video.py"]
+EQUATIONS = range(1, 9)
+
+
+@pytest.fixture(scope="module")
+def ran():
+    """The notebook's variables after all its cells: all of them, but hardly trained."""
+    space = {"__name__": "__main__"}
+    with pytest.MonkeyPatch.context() as patch, plt.rc_context():
+        patch.setenv("VQVAE_QUICK", "1")
+        for number, cell in enumerate(CELLS, 1):
+            exec(compile(cell.source, f"tutorial.ipynb, code cell {number}", "exec"), space)
+            plt.close("all")
+    return space
+
+
+# -- what the cells compute -----------------------------------------------------------------------
+
+
+def test_a_powerful_decoder_makes_the_vae_ignore_z_and_not_the_vqvae(ran):
+    model, x = ran["models"], ran["textures"](200)[0]
+    collapsed = model["VAE, PixelCNN decoder"]
+    assert ran["kl_of_collapsed"] < 0.1, "nats; the KL is what z says at most"
+    assert abs(ran["worth"](collapsed, x)) < 0.2, "z of another image costs nothing: z is ignored"
+    vq = model["VQ-VAE, PixelCNN decoder"]
+    assert ran["worth"](vq, x) > 1, "the VQ-VAE's decoder must hear its codes"
+    assert torch.allclose(vq.latent(x)[2], torch.tensor(math.log(16)))
+
+
+def test_every_term_of_eq_3_is_heard_where_the_paper_says(ran):
+    assert ran["listens"] == {"encoder": [True, False, True], "codebook": [False, True, False],
+                            "decoder": [True, False, False]}
+
+
+def test_the_bound_holds_in_the_enumerated_model_and_starts_log_16_too_low(ran):
+    gaps = [a - b for a, b in zip(ran["exact"], ran["one_term"])]
+    assert min(gaps) >= 0, "log p(x) is a sum of 16 positive terms, the bound one of them"
+    assert gaps[0] == pytest.approx(math.log(16), abs=0.1), (
+        "a decoder that hears nothing yet gives all 16 the same weight")
+    assert gaps[-1] < gaps[0]
+    for posterior in ran["posteriors"]:
+        assert posterior.sum() == pytest.approx(1)
+
+
+def test_more_bits_leave_less_distortion_but_never_less_than_shannon_allows(ran):
+    errors, bits = ran["errors_by_rate"], ran["bits"]
+    assert all(a > b for a, b in zip(errors, errors[1:]))
+    assert all(error > 2.0 ** -rate for error, rate in zip(errors, bits))
+
+
+def test_the_ema_codebook_of_eqs_6_to_8_minimises_eq_5_as_lloyd_does(ran):
+    assert ran["of_ema"][-1] < 1.05 * ran["of_lloyd"][-1]
+    assert ran["of_lloyd"][-1] < 0.5 * ran["of_lloyd"][0]
+    # Eq. 4 for the points at their nearest codes is eq. 5; at its minimum nothing pulls on e.
+    points, lloyd = ran["points"], ran["lloyd"]
+    e = lloyd.codebook.clone().requires_grad_()
+    (points - e[lloyd.nearest(points[None])[0]]).square().sum(1).mean().backward()
+    assert e.grad.abs().max() < 1e-3, "the mean of what chose it is where the gradient is 0"
+
+
+def test_a_codebook_that_starts_on_the_first_batch_uses_more_codes(ran):
+    for kind in ("VectorQuantizer", "VectorQuantizerEMA"):
+        uniform, seeded = (ran["used"][kind, start][1][-1] for start in (False, True))
+        assert seeded > uniform, kind
+
+
+def test_vimco_has_the_mean_of_reinforce_and_less_variance(ran):
+    for S, (plain, better) in ran["variance"].items():
+        assert better < 0.05 * plain, f"S = {S}"
+    means = [ran["moments"](estimator, 3)[0] for estimator in (ran["reinforce"], ran["vimco"])]
+    assert torch.allclose(*means)
+
+
+def test_masked_convolutions_have_a_blind_spot_and_the_pixelcnn_has_none(ran):
+    before = ran["before"]
+    shallow, deep, ours = ran["pictures"].values()
+    assert (before & ~deep).sum() > 0 and not (deep & ~before).any()
+    assert torch.equal(ours, before)
+    assert ((~deep & before) <= (~shallow & before)).all(), "depth does not hide what was seen"
+
+
+def test_residual_vq_leaves_less_at_every_stage(ran):
+    assert all(a > b for a, b in zip(ran["errors"], ran["errors"][1:]))
+
+
+def test_sounds_are_wav_files_that_a_browser_plays(ran):
+    page = ran["Sounds"]({"a": torch.linspace(-1, 1, 800)})._repr_html_()
+    data = base64.b64decode(re.search(r'base64,([^"]+)"', page)[1])
+    with wave.open(io.BytesIO(data)) as file:
+        assert file.getparams()[:4] == (1, 2, 8000, 800)
+
+
+def test_end_to_end_models_draw_codes_that_they_can_decode(ran):
+    assert ran["sampled"].shape == (10, 8, 8)
+    assert ran["drawn"].dtype == torch.uint8 and ran["drawn"].shape[1] % 128 == 0
+    assert ran["imagined"].shape == (1, 6, 8, 8)
+    table = ran["table"]
+    assert table.sum() == 108 * 125, "every code of the training speech meets one phone"
+
+
+# -- the notebook as it is stored -----------------------------------------------------------------
+
+
+def test_stored_notebook_is_valid_and_small_enough_for_a_web_page():
+    nbformat.validate(NOTEBOOK)
+    assert PATH.stat().st_size < 3.2e6
+
+
+def test_stored_outputs_are_there_and_none_is_an_error():
+    for number, cell in enumerate(CELLS, 1):
+        assert cell.execution_count == number, f"code cell {number} was not run, or out of order"
+        kinds = {kind for output in cell.outputs for kind in
+                 [output.output_type, *output.get("data", {})]}
+        assert "error" not in kinds, f"code cell {number} ends in an error"
+        top = {node.func.id if isinstance(node.func, ast.Name) else node.func.attr
+               for statement in ast.parse(cell.source).body
+               if not isinstance(statement, (ast.FunctionDef, ast.ClassDef))
+               for node in ast.walk(statement) if isinstance(node, ast.Call)
+               and isinstance(node.func, (ast.Name, ast.Attribute))}
+        if top & {"subplots", "show"}:
+            assert "image/png" in kinds, f"code cell {number} draws, and no picture is stored"
+        if "print" in top:
+            assert "stream" in kinds, f"code cell {number} prints, and nothing is stored"
+        if "Sounds" in top:
+            assert "text/html" in kinds, f"code cell {number} has no sound stored"
+
+
+def test_the_notebook_defines_nothing_that_the_modules_have():
+    def defined(source):
+        return {node.name for node in ast.parse(source).body
+                if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    modules = set().union(*(defined((ROOT / name).read_text()) for name in MODULES))
+    notebook = set().union(*(defined(cell.source) for cell in CELLS))
+    assert not modules & notebook, "import it; the notebook has no second implementation"
+
+
+def test_every_part_ends_with_exercises_whose_tests_exist():
+    tests = "\n".join(p.read_text() for p in (ROOT / "tests").glob("test_*.py"))
+    assert [int(part.split(".")[0]) for part in PARTS] == list(range(1, 13))
+    for part in PARTS:
+        title, exercises = part.splitlines()[0], part.split("**Exercises**")[-1]
+        for exercise in re.split(r"^\d\. ", exercises, flags=re.M)[1:]:
+            names = re.findall(r"`(test_\w+)`", exercise)
+            assert names, f"{title}: which test checks '{exercise.split('.')[0]}'?"
+            for name in names:
+                assert f"def {name}(" in tests, f"{title}: there is no {name}"
+
+
+def mentioned(text):
+    """The numbers of the equations that a text names: 'eq. 3', 'eqs. 1 and 2', 'eqs. 4-8'."""
+    found = set()
+    for first, joint, last in re.findall(
+            r"\beqs?[._]? ?(\d)(?:(-|_to_| to | and |, )(\d)\b)?", text, re.I):
+        last = int(last or first)
+        found |= {int(first), last} if joint in (" and ", ", ") else set(range(int(first), last + 1))
+    return found
+
+
+@pytest.mark.parametrize("number", EQUATIONS)
+def test_every_equation_is_in_the_notebook_in_the_code_and_in_a_test(number):
+    assert f"\\tag{{{number}}}" in PROSE, f"eq. {number} is not in the notebook"
+    assert number in mentioned("\n".join((ROOT / name).read_text() for name in MODULES)), (
+        f"no line of the code is tagged eq. {number}")
+    others = [p for p in (ROOT / "tests").glob("test_*.py") if p.name != Path(__file__).name]
+    assert number in mentioned("\n".join(p.read_text() for p in others)), (
+        f"no test names eq. {number}")
+
+
+def test_the_unnumbered_equations_are_there_too():
+    for formula in (r"\log p(x) = \log \sum_k p(x|z_k)\,p(z_k)",
+                    r"\log p(x) \ge \log p(x|z_q(x))\,p(z_q(x))",
+                    r"\frac{128 \times 128 \times 3 \times 8}{32 \times 32 \times 9} \approx 42.6",
+                    r"e_i = \frac{1}{n_i} \sum_j^{n_i} z_{i,j}"):
+        assert formula in PROSE, formula
