@@ -27,6 +27,7 @@ N. Needs torch and nothing else.
 """
 
 import itertools
+import math
 
 import torch
 import torch.nn as nn
@@ -157,6 +158,7 @@ class PixelCNN(nn.Module):
         self.num_codes, self.channels, self.num_codebooks = num_codes, channels, num_codebooks
         self.num_classes, self.cond_channels = num_classes, cond_channels
         self.embed = nn.Embedding(num_codebooks * num_codes, channels)
+        self.place = nn.Linear(2 * 8, channels)
         self.layers = nn.ModuleList(
             PixelCNNLayer(channels, 5 if i else 7, num_classes, cond_channels)
             for i in range(num_layers))
@@ -173,8 +175,9 @@ class PixelCNN(nn.Module):
         self.check(labels, cond)
         codes = codes.unsqueeze(1) if self.num_codebooks == 1 else codes           # (B, G, H, W)
         x = self.embed_all(codes.movedim(1, -1)).permute(0, 3, 1, 2)   # (B, C, H, W)
-        v = F.pad(x, (0, 0, 1, -1))                    # one row down: row i holds codes of row i-1
-        h = F.pad(x, (1, -1, 0, 0))                    # one column right: (i, j) holds (i, j-1)
+        place = self.places(*x.shape[2:]).permute(2, 0, 1)             # (C, H, W)
+        v = F.pad(x, (0, 0, 1, -1)) + place            # one row down: row i holds codes of row i-1
+        h = F.pad(x, (1, -1, 0, 0)) + place            # one column right: (i, j) holds (i, j-1)
         for layer in self.layers:
             v, h = layer(v, h, layer.bias(labels, cond))
         logits = self.head(h, codes)
@@ -184,6 +187,18 @@ class PixelCNN(nn.Module):
         """Codes of G slices (..., G) -> the sum of their embeddings (..., C)."""
         first = torch.arange(self.num_codebooks, device=codes.device) * self.num_codes
         return self.embed(codes + first).sum(-2)
+
+    def places(self, height, width):
+        """Tells each position where in the field it is, (H, W, C): of eight cosines of its row
+        and eight of its column. Convolutions alone would have to find that out from the zeros
+        around the field, in many layers. Not in the paper."""
+        def cosines(n):
+            at = (torch.arange(n, device=self.place.weight.device) + 0.5) / n  # 0 .. 1
+            return (math.pi * at[:, None] * torch.arange(1, 9, device=at.device)).cos()
+
+        row, column = cosines(height)[:, None], cosines(width)         # (H, 1, 8), (W, 8)
+        both = torch.cat([row.expand(-1, width, -1), column.expand(height, -1, -1)], 2)
+        return self.place(both.to(self.place.weight.dtype))
 
     def check(self, labels, cond):
         for name, given, wanted in (("labels", labels, self.num_classes),
@@ -224,9 +239,11 @@ class PixelCNN(nn.Module):
         # Inputs of each layer's vertical convolution, all rows, with its zero padding.
         above = [torch.zeros(B, C, height + layer.reach, W + 2 * layer.reach, device=device,
                              dtype=self.embed.weight.dtype) for layer in self.layers]
+        places = self.places(height, W)
         v = above[0].new_zeros(B, C, 1, W)             # row 0: nothing is above it
         for i in range(height):
             row_cond = cond if cond is None or cond.shape[2] == 1 else cond[:, :, i:i + 1]
+            v = v + places[i].t().unsqueeze(1)
             biases = self.vertical_row(i, v, above, labels, row_cond)  # L x (W, B, 2C)
             noise = gumbel(W, G, B, self.num_codes, generator=generator, device=device)
             # Inputs of each layer's horizontal convolution in this row: (B, (W + reach) * C), so
@@ -234,6 +251,7 @@ class PixelCNN(nn.Module):
             line = [v.new_zeros(B, (W + layer.reach) * C) for layer in self.layers]
             h = v.new_zeros(B, C)                      # column 0: nothing is to the left
             for j in range(W):
+                h = h + places[i, j]
                 for (w, w_out, r), past, bias in zip(weights, line, biases):
                     window = past[:, j * C:(j + r + 1) * C]            # columns j-r .. j
                     window[:, r * C:] = h

@@ -36,10 +36,10 @@ from vqvae import (VAE, VIMCO, VQVAE, Categorical, Gaussian, Parser, Run, Vector
                    stop, to_unit)
 
 PRESETS = {
-    # 48 x 48 x 3 -> 12 x 12 codes of 9 bits: the 42.6-fold compression of sec. 4.2, for a laptop.
-    "demo": dict(warmup_steps=150, steps=700, prior_steps=800, batch_size=32, lr=1e-3,
-                 prior_lr=3e-3, lr_decay=0.5, hidden=64, res_hidden=32,
-                 prior_channels=64),
+    # 32 x 32 x 3 -> 8 x 8 codes of 9 bits: the 42.6-fold compression of sec. 4.2, for a laptop.
+    "demo": dict(warmup_steps=600, steps=1500, prior_steps=6000, batch_size=32,
+                 prior_batch_size=16, lr=1e-3, prior_lr=3e-3, lr_decay=0.5, hidden=64,
+                 res_hidden=32, prior_channels=64),
     # ImageNet 128 x 128 x 3 -> 32 x 32, K = 512. Widths, batch and rate from the authors' own
     # public notebook; the paper gives Adam 2e-4 and 250,000 steps for CIFAR-10 only.
     "paper": dict(warmup_steps=1000, steps=250_000, prior_steps=250_000, batch_size=128, lr=2e-4,
@@ -67,7 +67,7 @@ CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".
 # Demo data: one solid in a coloured room, seen from slightly above
 # ---------------------------------------------------------------------------------------------
 
-SOLIDS = ("sphere", "cylinder", "cone", "cube", "pyramid")
+SOLIDS = ("sphere", "cylinder", "cone", "cube", "octahedron")
 
 
 def demo_images(count, seed=0, size=64):
@@ -78,9 +78,9 @@ def demo_images(count, seed=0, size=64):
     # Six paints and six rooms: a prior trained for minutes must learn how colours go together.
     hue, room = rng.integers(6, size=count), rng.integers(6, size=count)
     scene = {"hue": hue / 6, "wall_hue": room / 6, "floor_hue": (room + 2) / 6,
-             "x": rng.uniform(-0.7, 0.7, count), "z": rng.uniform(-0.4, 0.4, count),
-             "scale": rng.uniform(1.3, 1.7, count), "turn": rng.uniform(0, np.pi / 2, count),
-             "light": rng.uniform(-1.0, 1.0, count)}
+             "x": rng.uniform(-0.7, 0.7, count), "z": rng.uniform(-0.3, 0.3, count),
+             "scale": rng.uniform(1.4, 1.7, count), "turn": rng.uniform(0, np.pi / 2, count),
+             "light": rng.choice((-0.8, 0.8), count)}
     images = np.empty((count, size, size, 3), np.uint8)
 
     def fill(part):  # images of one solid, few enough for the cache
@@ -149,9 +149,11 @@ def hit_solid(label, s, start, direction):
     p, d = ((a[..., 0] * c + a[..., 2] * o, a[..., 1] + 0 * c, a[..., 2] * c - a[..., 0] * o)
             for a in ((start - shift) / s["scale"][..., None], direction / s["scale"][..., None]))
     planes = [((0, 1, 0), 1.0), ((0, -1, 0), 0.0)]                         # 0 <= y <= 1
-    slope = {"cube": 0.0, "pyramid": 0.5}.get(SOLIDS[label])
-    if slope is not None:
-        planes += [((x, slope, z), 0.5) for x, z in ((1, 0), (-1, 0), (0, 1), (0, -1))]
+    if SOLIDS[label] == "cube":
+        planes += [((x, 0, z), 0.5) for x, z in ((1, 0), (-1, 0), (0, 1), (0, -1))]
+    if SOLIDS[label] == "octahedron":
+        planes = [((x, y, z), 0.5 + 0.5 * y) for x in (-0.7, 0.7) for y in (-1, 1)
+                  for z in (-0.7, 0.7)]
     near = np.full(d[0].shape, -np.inf, np.float32)
     far = -near
     normal = np.zeros((*d[0].shape, 3), np.float32)
@@ -162,7 +164,7 @@ def hit_solid(label, s, start, direction):
         near = np.where(enters, t, near)
         far = np.where(speed > 0, np.minimum(far, t), far)
         normal[enters] = (ax, ay, az)
-    quadric = {"sphere": (0.5, 1.0, 0.25), "cylinder": (0.0, 0.0, 0.2),
+    quadric = {"sphere": (0.5, 1.0, 0.25), "cylinder": (0.0, 0.0, 0.11),
                "cone": (1.0, -0.25, 0.0)}.get(SOLIDS[label])               # centre y, q, w
     if quadric:
         cy, q, w = quadric
@@ -410,7 +412,7 @@ def make_parser():
          "SIZE x SIZE")
     flag("--classifier-steps", type=positive(int), default=800, help="training steps of the "
          "classifier that judges samples, where there are classes (default %(default)s)")
-    flag("--demo-images", type=positive(int), default=8000, help="training images of the demo")
+    flag("--demo-images", type=positive(int), default=16000, help="training images of the demo")
     return parser
 
 
