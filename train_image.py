@@ -37,8 +37,8 @@ from vqvae import (VAE, VIMCO, VQVAE, Categorical, Gaussian, Parser, Run, Vector
 
 PRESETS = {
     # 32 x 32 x 3 -> 8 x 8 codes of 9 bits: the 42.6-fold compression of sec. 4.2, for a laptop.
-    "demo": dict(warmup_steps=600, steps=1500, prior_steps=6000, batch_size=32,
-                 prior_batch_size=16, lr=1e-3, prior_lr=3e-3, lr_decay=0.5, hidden=64,
+    "demo": dict(warmup_steps=400, steps=1200, prior_steps=3100, batch_size=32,
+                 lr=1e-3, prior_lr=3e-3, lr_decay=0.5, hidden=64,
                  res_hidden=32, prior_channels=64),
     # ImageNet 128 x 128 x 3 -> 32 x 32, K = 512. Widths, batch and rate from the authors' own
     # public notebook; the paper gives Adam 2e-4 and 250,000 steps for CIFAR-10 only.
@@ -120,7 +120,7 @@ def render(label, scene, size):
                       np.where((floor < wall)[..., None],
                                palette(s["floor_hue"], 0.45) * (0.82 + 0.18 * tiles[..., None]),
                                palette(s["wall_hue"], 0.45)))
-    light = np.stack(np.broadcast_arrays(s["light"], 1.3, -0.9), -1)
+    light = np.stack(np.broadcast_arrays(s["light"], np.float32(1.3), np.float32(-0.9)), -1)
     light = light / np.linalg.norm(light, axis=-1, keepdims=True)          # (n, 1, 3)
     lit = np.maximum((normal * light).sum(-1), 0)
     shade, _ = hit_solid(label, s, point + 1e-3 * normal, np.broadcast_to(light, view.shape))

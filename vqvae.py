@@ -142,21 +142,31 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def seed(self, z):
-        """Start every codebook at K of the vectors z (G, N, D), drawn without replacement."""
+        """Start every codebook at K of the vectors z (G, N, D), chosen as k-means++ chooses its
+        means: each next one with a probability proportional to its squared distance from the
+        nearest one chosen before (Arthur and Vassilvitskii, 2007).
+
+        Chosen evenly, most would lie side by side where most latents are (the sky, a wall), and
+        all but a few of those would never be nearest to anything.
+        """
         if dist.is_available() and dist.is_initialized():  # from the joint batch of all processes
             parts = [torch.empty_like(z) for _ in range(dist.get_world_size())]
             dist.all_gather(parts, z.contiguous())
             z = torch.cat(parts, 1)
         # A generator of its own: the same rows in every process, and the global one is not moved.
-        shuffle = torch.randperm(z.shape[1], generator=torch.Generator().manual_seed(0))
-        pick = shuffle.repeat(-(-self.num_codes // len(shuffle)))[:self.num_codes].to(z.device)
-        start = z[:, pick]                             # (G, K, D)
-        # Fewer vectors than codes: copies would tie for ever, so each second one moves a little.
-        spread = z.std(1, keepdim=True) if z.shape[1] > 1 else torch.ones_like(z)
-        jitter = torch.randn(start.shape, generator=torch.Generator().manual_seed(1))
-        jitter[:, :len(shuffle)] = 0
-        start = start + 0.1 * spread * jitter.to(start)
-        self.codebook.copy_(start.flatten(0, 1))
+        generator, K = torch.Generator().manual_seed(0), self.num_codes
+        z = z[:, torch.randperm(z.shape[1], generator=generator)[:2 ** 15].to(z.device)]
+        if z.shape[1] < K:  # add copies, moved a little: equal codes would tie for ever
+            spread = z.std(1, keepdim=True) if z.shape[1] > 1 else torch.ones_like(z)
+            copies = z.repeat(1, K // z.shape[1], 1)
+            noise = torch.randn(copies.shape, generator=generator).to(z)
+            z = torch.cat([z, copies + 0.1 * spread * noise], 1)
+        e, distance = [z[:, :1]], torch.full_like(z[..., 0], math.inf)         # (G, N)
+        while len(e) < K:
+            distance = torch.minimum(distance, (z - e[-1]).square().sum(2).clamp(min=1e-30))
+            pick = torch.multinomial(distance.cpu(), 1, generator=generator).to(z.device)
+            e.append(z.take_along_dim(pick.unsqueeze(2), 1))                   # (G, 1, D)
+        self.codebook.copy_(torch.cat(e, 1).flatten(0, 1))
         self.seeded = True
 
     def lookup(self, codes):
