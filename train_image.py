@@ -37,7 +37,7 @@ from vqvae import (VAE, VIMCO, VQVAE, Categorical, Gaussian, Parser, Run, Vector
 
 PRESETS = {
     # 32 x 32 x 3 -> 8 x 8 codes of 9 bits: the 42.6-fold compression of sec. 4.2, for a laptop.
-    "demo": dict(warmup_steps=400, steps=1200, prior_steps=3100, batch_size=32,
+    "demo": dict(warmup_steps=400, steps=1200, prior_steps=2500, batch_size=32,
                  lr=1e-3, prior_lr=3e-3, lr_decay=0.5, hidden=64,
                  res_hidden=32, prior_channels=64),
     # ImageNet 128 x 128 x 3 -> 32 x 32, K = 512. Widths, batch and rate from the authors' own
