@@ -41,7 +41,7 @@ PRESETS = {
     # 48 x 48 x 3 -> 12 x 12 codes of 9 bits: the 42.6-fold compression of sec. 4.2, for a laptop.
     "demo": dict(warmup_steps=150, steps=700, prior_steps=800, batch_size=32, lr=1e-3,
                  prior_lr=3e-3, lr_decay=0.5, hidden=64, res_hidden=32,
-                 prior_channels=64, second_steps=1200),
+                 prior_channels=64, second_steps=2000),
     # ImageNet 128 x 128 x 3 -> 32 x 32, K = 512. Widths, batch and rate from the authors' own
     # public notebook; the paper gives Adam 2e-4 and 250,000 steps for CIFAR-10 only.
     "paper": dict(warmup_steps=1000, steps=250_000, prior_steps=250_000, batch_size=128, lr=2e-4,
@@ -657,62 +657,26 @@ LATENTS = 3  # "We use only three latent variables (each with K=512 and their ow
 
 
 def second_stage(run, model, codes, test_codes, test, factors):
-    """Fit a second VQ-VAE to the code maps of the first, with a PixelCNN as decoder; a VAE with the
-    same decoder; and the PixelCNN alone, which knows nothing but the codes before. Returns the
-    numbers that tell whether the latents are used."""
-    args, field, latent = run.args, codes.shape[-2:], LATENTS * run.args.code_dim
-    steps = args.second_steps                          # of each of the three
-    torch.manual_seed(mix(args.seed, "second"))        # the same start whatever was resumed
-
-    def pixelcnn(cond_channels=0):
-        return PixelCNN(args.num_codes, args.prior_channels, PixelCNN.layers_for(*field),
-                        cond_channels=cond_channels, num_codebooks=args.num_codebooks)
-
-    sizes = dict(in_channels=args.num_codebooks * args.code_dim, field=field, hidden=args.hidden,
-                 res_hidden=args.res_hidden)
-    vqvae = GlobalVQVAE(make_quantizer(args, LATENTS), pixelcnn(latent), **sizes).to(run.device)
-    vae = GlobalVAE(latent, pixelcnn(latent), **sizes).to(run.device)
-    alone = pixelcnn().to(run.device)
-    prior = PixelCNN(args.num_codes, args.prior_channels, 1, num_codebooks=LATENTS).to(run.device)
-    vectors = model.quantizer.lookup                   # codes -> what the encoders take
-
-    def fit(stage, net, loss, steps, data=codes):
-        run.fit(stage, net, lambda net, index: loss(net, data[index]), len(data), steps,
-                args.prior_batch_size or args.batch_size, args.prior_lr)
-
-    def loss(net, x):
-        y = net(x, vectors(x))
-        bits = y.nll.mean() / x[0].numel() / math.log(2)
-        if y.codes is None:
-            return y.loss, {"bits_per_code": bits, "kl_bits": y.rate.mean() / math.log(2)}
-        return y.loss, {"bits_per_code": bits,
-                        "codes_used": count_codes(y.codes, args.num_codes, LATENTS)}
-
-    # A warm-up as in the first stage, and longer: codebooks that start at outputs of an encoder to
-    # which the PixelCNN does not listen yet soon have half of their codes dead.
-    vqvae.quantizer.requires_grad_(False)
-    fit("second-autoencoder", vqvae, lambda net, x: (
-        net(x, vectors(x), quantize=False).loss, {}), steps // 2)
-    vqvae.quantizer.requires_grad_(True)
-    # A batch has fewer maps than a codebook has codes, so the codebooks start at outputs for more.
-    share = min(len(codes), args.num_codes) // run.world
-    with torch.no_grad():
-        z_e = vqvae.encoder(vectors(codes[run.rank::run.world][:share]))
-        vqvae.quantizer.seed(vqvae.quantizer.to_vectors(z_e))
-    fit("second-vqvae", vqvae, loss, steps - steps // 2)
-    fit("second-vae", vae, loss, steps)
-    fit("second-alone", alone, lambda net, x: prior_loss(net, x, None), steps)
+    """Train the second stage on the code maps of the first, draw figure 5 and return the numbers
+    that tell whether the latents are used."""
+    args, vectors = run.args, model.quantizer.lookup   # codes -> e_k, what the encoders take
+    vqvae, vae, alone = second_models(run, codes.shape[-2:])
+    fit_second(run, vqvae, vae, alone, codes, vectors)
     three, test_three = (torch.cat([vqvae.encode(vectors(x)) for x in c.split(128)])
                          for c in (codes, test_codes))                 # (N, 3, 1, 1)
-    fit("second-prior", prior, lambda net, x: prior_loss(net, x, None), steps, three)
+    # So that images come from nothing: p(k_1) p(k_2|k_1) p(k_3|k_1,k_2), a field of one position.
+    torch.manual_seed(mix(args.seed, "prior of three"))
+    prior = PixelCNN(args.num_codes, args.prior_channels, 1, num_codebooks=LATENTS)
+    run.fit("second-prior", prior, lambda net, index: prior_loss(net, three[index], None),
+            len(three), args.second_steps, args.prior_batch_size or args.batch_size, args.prior_lr)
 
     torch.manual_seed(args.seed)                       # the VAE draws z
     with torch.no_grad():
+        z = vqvae.quantizer.lookup(test_three)         # (N, 3 * D, 1, 1)
         z_vae, kl = (torch.cat(a) for a in zip(*(vae.encode(vectors(x))
                                                  for x in test_codes.split(128))))
-    z = vqvae.quantizer.lookup(test_three)             # (N, 3 * D, 1, 1)
     if run.rank == 0:
-        figure_5(run, model, vqvae.decoder, vqvae.quantizer, prior, vae.decoder, test, z, z_vae)
+        figure_5(run, model, vqvae, vae, prior, test, z, z_vae)
     used = count_codes(test_three, args.num_codes, LATENTS).view(LATENTS, -1).count_nonzero(1)
     metrics = {f"second_codes_used_{g + 1}": n for g, n in enumerate(used.tolist())}
     metrics.update(told("second", vqvae.decoder, test_codes, z))
@@ -726,6 +690,54 @@ def second_stage(run, model, codes, test_codes, test, factors):
         metrics[f"second_read_{name}"] = (guess == asked).float().mean().item()
         metrics[f"second_chance_{name}"] = asked.bincount().max().item() / len(asked)
     return metrics
+
+
+def second_models(run, field):
+    """The second VQ-VAE; a VAE with as many numbers and the very same decoder; and that PixelCNN
+    alone, told nothing but the codes before."""
+    args, latent = run.args, LATENTS * run.args.code_dim
+    torch.manual_seed(mix(args.seed, "second stage"))  # the same start whatever was resumed
+
+    def pixelcnn(cond_channels=0):
+        return PixelCNN(args.num_codes, args.prior_channels, PixelCNN.layers_for(*field),
+                        cond_channels=cond_channels, num_codebooks=args.num_codebooks)
+
+    sizes = dict(in_channels=args.num_codebooks * args.code_dim, field=field, hidden=args.hidden,
+                 res_hidden=args.res_hidden)
+    return (GlobalVQVAE(make_quantizer(args, LATENTS), pixelcnn(latent), **sizes).to(run.device),
+            GlobalVAE(latent, pixelcnn(latent), **sizes).to(run.device), pixelcnn().to(run.device))
+
+
+def fit_second(run, vqvae, vae, alone, codes, vectors):
+    """As many steps for each of the three."""
+    args, steps = run.args, run.args.second_steps
+
+    def fit(stage, net, loss, steps):
+        run.fit(stage, net, lambda net, index: loss(net, codes[index]), len(codes), steps,
+                args.prior_batch_size or args.batch_size, args.prior_lr)
+
+    def loss(net, x):
+        y = net(x, vectors(x))
+        bits = y.nll.mean() / x[0].numel() / math.log(2)
+        if y.codes is None:
+            return y.loss, {"bits_per_code": bits, "kl_bits": y.rate.mean() / math.log(2)}
+        return y.loss, {"bits_per_code": bits,
+                        "codes_used": count_codes(y.codes, args.num_codes, LATENTS)}
+
+    # A warm-up as in the first stage, but half of all steps: of codebooks that start at outputs of
+    # an encoder that has not learnt what the PixelCNN wants to know, most codes die.
+    vqvae.quantizer.requires_grad_(False)
+    fit("second-autoencoder", vqvae, lambda net, x: (
+        net(x, vectors(x), quantize=False).loss, {}), steps // 2)
+    vqvae.quantizer.requires_grad_(True)
+    # A batch has fewer maps than a codebook has codes, so the codebooks start at K maps' outputs.
+    share = min(len(codes), args.num_codes) // run.world
+    with torch.no_grad():
+        z_e = vqvae.encoder(vectors(codes[run.rank::run.world][:share]))
+    vqvae.quantizer.seed(vqvae.quantizer.to_vectors(z_e))
+    fit("second-vqvae", vqvae, loss, steps - steps // 2)
+    fit("second-vae", vae, loss, steps)
+    fit("second-alone", alone, lambda net, x: prior_loss(net, x, None), steps)
 
 
 def told(name, decoder, codes, z):
@@ -748,21 +760,20 @@ def read_out(three, values, test_three, num_codes):
     return score.argmax(1)
 
 
-def figure_5(run, model, decoder, quantizer, prior, vae_decoder, test, z, z_vae):
+def figure_5(run, model, vqvae, vae, prior, test, z, z_vae):
     """second_stage.png: images, and samples given what the global codes say of them."""
-    field, generator = (test.shape[2] // 4, test.shape[3] // 4), torch.Generator(run.device)
-    generator.manual_seed(run.args.seed)
-    every = max(1, len(test) // 8)
+    field, every = (test.shape[2] // 4, test.shape[3] // 4), max(1, len(test) // 8)
+    generator = torch.Generator(run.device).manual_seed(run.args.seed)
     test, z, z_vae = (a[::every][:8] for a in (test, z, z_vae))
 
     def sample(decoder, z):
         return model.decode(decoder.sample(len(z), *field, cond=z, generator=generator))
 
     bits = f"{LATENTS * math.log2(run.args.num_codes):.0f} bits"
-    rows = [test, *(sample(decoder, z) for _ in range(4)), sample(vae_decoder, z_vae)]
+    rows = [test, *(sample(vqvae.decoder, z) for _ in range(4)), sample(vae.decoder, z_vae)]
     for _ in range(2):
         three = prior.sample(len(z), 1, 1, generator=generator)
-        rows.append(sample(decoder, quantizer.lookup(three)))
+        rows.append(sample(vqvae.decoder, vqvae.quantizer.lookup(three)))
     picture(run.out / "second_stage.png", torch.stack(rows), f"test images, and samples given the "
             f"{bits} that a second VQ-VAE keeps of each",
             names=["test image", f"its {bits}", "again", "again", "again", "VAE, its z",

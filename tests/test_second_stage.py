@@ -60,6 +60,15 @@ def test_a_map_becomes_three_codes_and_logits_for_each_of_its_own(vqvae, maps):
     assert GlobalVAE(3 * D, pixelcnn(), C, FIELD, 8, 8).encode(maps[1])[0].shape == (7, 3 * D, 1, 1)
 
 
+def test_maps_with_several_codes_a_position():
+    codes, e = torch.randint(K, (3, 2, *FIELD)), torch.randn(3, 2 * C, *FIELD)
+    decoder = PixelCNN(K, 8, 2, cond_channels=3 * D, num_codebooks=2)
+    y = GlobalVQVAE(VectorQuantizer(K, D, num_codebooks=3), decoder, 2 * C, FIELD, 8, 8)(codes, e)
+    assert y.codes.shape == (3, 3, 1, 1) and y.out.shape == (3, K, 2, *FIELD)
+    nll = F.cross_entropy(y.out, codes, reduction="none").sum((1, 2, 3))
+    assert y.nll.shape == (3,) and torch.allclose(y.nll, nll)
+
+
 def test_three_codes_of_512_cost_27_bits(maps):
     model = GlobalVQVAE(VectorQuantizer(512, D, num_codebooks=3), pixelcnn(), C, FIELD, 8, 8)
     assert torch.allclose(model(*maps).rate / math.log(2), torch.tensor(27.0)), "3 x 9 bits"
@@ -184,7 +193,7 @@ def test_each_column_of_figure_5_is_about_the_image_at_its_top(monkeypatch, tmp_
         images=images, **names))
 
     class Fake:
-        args, out, device, seed = train_image.make_parser().parse_args([]), tmp_path, "cpu", 0
+        args, out, device = train_image.make_parser().parse_args([]), tmp_path, "cpu"
         args.num_codes = 512
 
         def decode(self, codes):                       # an image as bright as its code
@@ -198,7 +207,8 @@ def test_each_column_of_figure_5_is_about_the_image_at_its_top(monkeypatch, tmp_
 
     test = torch.arange(20).view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
     z, fake = torch.arange(20.0).view(-1, 1, 1, 1), Fake()
-    train_image.figure_5(fake, fake, Oracle(), fake, fake, Oracle(), test, z, z + 20)
+    fake.quantizer, fake.decoder = fake, Oracle()
+    train_image.figure_5(fake, fake, fake, fake, fake, test, z, z + 20)
     images = shown["images"][:, :, 0, 0, 0].tolist()
     assert len(images) == len(shown["names"]) and "27 bits" in shown["names"][1]
     assert images[1:5] == [images[0]] * 4, "several samples given the code of the image above them"
