@@ -135,6 +135,40 @@ def test_sampling_honours_the_global_code(vqvae):
     assert torch.equal(sample(z[:1]), sample(z[1:])), "without z nothing else may tell them apart"
 
 
+def test_cached_sampling_given_a_global_code_equals_naive(vqvae):
+    z = vqvae.quantizer.lookup(torch.tensor([[1, 2, 3], [1, 9, 3]]).view(2, 3, 1, 1)) * 100
+    cached, naive = (sample(2, *FIELD, cond=z, generator=torch.Generator().manual_seed(0))
+                     for sample in (vqvae.decoder.sample, vqvae.decoder.sample_naive))
+    assert torch.equal(cached, naive)
+
+
+def test_codebooks_start_after_the_warm_up_at_outputs_for_k_maps(vqvae):
+    codes, book = torch.randint(K, (40, *FIELD)), torch.randn(K, C)
+    seeded, start = {}, []
+
+    class Run:
+        args, rank, world = train_image.make_parser().parse_args([]), 0, 1
+        args.second_steps, args.num_codes, args.batch_size = 4, K, 8
+
+        def fit(self, stage, net, loss, *sizes):
+            if net is vqvae:
+                start[:] = [net.quantizer.codebook.detach().clone()]
+                loss(net.train(), torch.arange(8))
+                seeded[stage] = net.eval().quantizer.seeded
+
+    def vectors(codes):
+        return book[codes].permute(0, 3, 1, 2)
+
+    train_image.fit_second(Run(), vqvae, None, None, codes, vectors)
+    assert seeded == {"second-autoencoder": False, "second-vqvae": True}, (
+        "the warm-up leaves the codebooks out")
+    z = vqvae.quantizer.to_vectors(vqvae.encoder(vectors(codes)))      # (3, 40, D)
+    distance = (start[0].view(3, K, 1, D) - z.unsqueeze(1)).abs().amax(3)
+    assert distance.amin(2).max() < 1e-6, "each code starts where the encoder puts some map"
+    assert all(len(set(row.tolist())) == K for row in distance.argmin(2)), (
+        "from K maps: with a batch of 8 all others would be copies of these")
+
+
 # -- the numbers --------------------------------------------------------------------------------
 
 
@@ -279,12 +313,6 @@ def test_first_stage_and_its_codebook_do_not_move_in_the_second(runs):
     after = checkpoint(runs / "model after the run.pt")
     changed = [k for k in before if not same(before[k], after[k])]
     assert not changed, f"the second stage has moved {changed} of the first: its codes have changed"
-
-
-def test_second_codebooks_start_at_encoder_outputs_of_many_maps(runs):
-    book = stages(runs / "whole" / "checkpoint.pt")["second-vqvae"]["model"]["quantizer.codebook"]
-    assert book.shape == (3 * 16, 8)
-    assert len(torch.unique(book, dim=0)) == 3 * 16
 
 
 def test_second_stage_needs_the_codes_of_a_vqvae(main, capsys):  # noqa: F811
