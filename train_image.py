@@ -41,7 +41,7 @@ PRESETS = {
     # 48 x 48 x 3 -> 12 x 12 codes of 9 bits: the 42.6-fold compression of sec. 4.2, for a laptop.
     "demo": dict(warmup_steps=150, steps=700, prior_steps=800, batch_size=32, lr=1e-3,
                  prior_lr=3e-3, lr_decay=0.5, hidden=64, res_hidden=32,
-                 prior_channels=64, second_steps=2000),
+                 prior_channels=64),
     # ImageNet 128 x 128 x 3 -> 32 x 32, K = 512. Widths, batch and rate from the authors' own
     # public notebook; the paper gives Adam 2e-4 and 250,000 steps for CIFAR-10 only.
     "paper": dict(warmup_steps=1000, steps=250_000, prior_steps=250_000, batch_size=128, lr=2e-4,
@@ -54,13 +54,12 @@ PRESETS = {
     # as for the paper's other images; 128 is worth a try. D = 32: 320 numbers from 256 channels.
     "cifar10": dict(data="cifar10", likelihood="categorical", num_codebooks=10, code_dim=32,
                     warmup_steps=1000, steps=250_000, prior_steps=50_000, batch_size=128, lr=2e-4,
-                    prior_lr=2e-4, hidden=256, res_hidden=256, prior_channels=128,
-                    second_steps=50_000),
+                    prior_lr=2e-4, hidden=256, res_hidden=256, prior_channels=128),
     # On a laptop: narrow, few steps, few samples. K = 32: the rate is paid from the first step on.
     "cifar10-small": dict(data="cifar10", likelihood="categorical", num_codebooks=10, code_dim=16,
                           num_codes=32, warmup_steps=50, steps=300, prior_steps=200, samples=4,
                           batch_size=16, lr=1e-3, prior_lr=3e-3, lr_decay=0.5, hidden=32,
-                          res_hidden=32, prior_channels=32, second_steps=200),
+                          res_hidden=32, prior_channels=32),
 }
 
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
@@ -412,7 +411,8 @@ def make_parser():
     flag("--prior-channels", type=positive(int), help="channels of the PixelCNN")
     flag("--second-stage", action="store_true", help="after the prior: a second VQ-VAE that says "
          "a whole image in three codes (sec. 4.2, figure 5), and a VAE for comparison")
-    flag("--second-steps", type=positive(int), help="training steps of each of its models")
+    flag("--second-steps", type=positive(int), default=2000, help="training steps of each of its "
+         "models (default %(default)s)")
     flag("--size", type=positive(int), help="crop all images to squares and scale them to "
          "SIZE x SIZE")
     flag("--classifier-steps", type=positive(int), default=800, help="training steps of the "
