@@ -683,7 +683,7 @@ class GlobalVQVAE(nn.Module):
         out, nll = code_nll(self.decoder, codes, q.z_q)
         # Eq. 3 literally: the sum over all that is modelled, here the codes of the map, and the
         # average over the N = 3 latents. With a mean over the map, the little that three latents
-        # add to what a PixelCNN knows weighs less than the commitment: fewer codes get used.
+        # add to what a PixelCNN knows weighs less than the commitment, and they tell less.
         loss = nll.mean() + q.loss
         latents, K = self.quantizer.num_codebooks, self.quantizer.num_codes
         return Output(loss, nll, torch.full_like(nll, latents * math.log(K)), out, q.codes)
