@@ -724,8 +724,8 @@ def fit_second(run, vqvae, vae, alone, codes, vectors):
         return y.loss, {"bits_per_code": bits,
                         "codes_used": count_codes(y.codes, args.num_codes, LATENTS)}
 
-    # A warm-up as in the first stage, but half of all steps: codebooks that start before the encoder
-    # has learnt what the PixelCNN wants to know lose most of their codes.
+    # A warm-up as in the first stage, but half of all steps: codebooks that start before the
+    # encoder has learnt what the PixelCNN wants to know lose most of their codes.
     vqvae.quantizer.requires_grad_(False)
     fit("second-autoencoder", vqvae, lambda net, x: (
         net(x, vectors(x), quantize=False).loss, {}), steps // 2)
