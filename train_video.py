@@ -50,8 +50,8 @@ FACTOR = 4                                             # pixels a code, each way
 
 PRESETS = {
     # 32 x 32 x 3 -> 8 x 8 codes, for a laptop.
-    "demo": dict(warmup_steps=100, steps=1000, prior_steps=1500, batch_size=32,
-                 prior_batch_size=6, lr=1e-3, prior_lr=2e-3, lr_decay=0.5, num_codes=256,
+    "demo": dict(warmup_steps=100, steps=1000, prior_steps=2000, batch_size=32,
+                 prior_batch_size=4, lr=1e-3, prior_lr=3e-3, lr_decay=0.5, num_codes=128,
                  code_dim=32, hidden=48, res_hidden=32, prior_channels=32, prior_layers=2),
     # DeepMind Lab, 84 x 84 x 3 -> 21 x 21, K = 512. The paper gives no more: Adam's rate and the
     # number of steps are those of its CIFAR-10 experiment.

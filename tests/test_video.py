@@ -16,7 +16,7 @@ import train_video
 from conftest import ROOT
 from prior import VideoPrior
 from train_video import (ACTIONS, GENERATED, GIVEN, Data, World, action_accuracy, bits_per_code,
-                         compare, demo_clips, edges, load_clips, psnr)
+                         compare, demo_clips, edges, load_clips, pieces, psnr)
 
 FORWARD, LEFT, RIGHT = range(3)
 QUARTER = 90 // train_video.TURN
@@ -372,6 +372,13 @@ def test_compare_tells_good_imagination_from_copies_and_blur():
     assert perfect["sharpness"] == [1.0] * GENERATED
     blurred = F.avg_pool2d(truth.flatten(0, 1).float(), 3, 1, 1).byte().view_as(truth)
     assert max(compare(blurred, truth, truth, last)["sharpness"]) < 0.5
+
+
+def test_long_clips_are_cut_into_roll_outs():
+    clip = torch.arange(2 * 40).view(2, 40)
+    assert torch.equal(pieces(clip), torch.stack([clip[0, :16], clip[0, 16:32],
+                                                  clip[1, :16], clip[1, 16:32]]))
+    assert torch.equal(pieces(clip, most=3), pieces(clip)[:3])
 
 
 def test_action_accuracy_counts_roll_outs_nearest_to_their_own_action():
