@@ -39,10 +39,11 @@ PAPER = dict(steps=500_000, prior_steps=250_000, batch_size=16, lr=2e-4,
              skip_channels=256, layers=30, cycle=10, prior_channels=256, crop=10_240, clip=40_960,
              test_clips=10)
 PRESETS = {
-    # 8 kHz -> 62.5 codes of 6 bits a second, 171 times fewer bits than 8-bit speech.
-    "demo": dict(steps=4000, prior_steps=500, batch_size=8, lr=2e-3, lr_decay=0.5,
-                 sample_rate=8000, strides="2,2,2,2,2,2,2", num_codes=64, code_dim=8, hidden=64,
-                 channels=32, skip_channels=64, layers=9, cycle=9, prior_channels=64, crop=1024,
+    # 8 kHz -> 62.5 codes of 7 bits a second, 146 times fewer bits than 8-bit speech. The decoder
+    # looks back 128 samples, a period of the deepest voice: what sound it is, the codes must say.
+    "demo": dict(steps=2600, prior_steps=400, batch_size=8, lr=4e-3, lr_decay=0.5,
+                 sample_rate=8000, strides="2,2,2,2,2,2,2", num_codes=128, code_dim=8, hidden=64,
+                 channels=32, skip_channels=64, layers=7, cycle=7, prior_channels=64, crop=1024,
                  clip=16_000, test_clips=40),
     # "6 strided convolutions with stride 2": 64x, K = 512. Widths, batch and crop are not in the
     # paper; steps and rate are those of its images.
@@ -360,12 +361,8 @@ class SpeechVQVAE(nn.Module):
     def __init__(self, args, speakers):
         super().__init__()
         Quantizer = {"loss": VectorQuantizer, "ema": VectorQuantizerEMA}[args.codebook]
-        # The batch norm has no weights; it is not in the paper. A WaveNet can do without the
-        # latents at first, and the encoder is then pushed about until all its outputs fall to one
-        # code. Held at mean 0 and variance 1 they stay near the codebook.
-        self.encoder = nn.Sequential(
-            Encoder(1, args.hidden, args.hidden // 2, args.code_dim, args.strides, ndim=1),
-            nn.BatchNorm1d(args.code_dim, affine=False))
+        self.encoder = Encoder(1, args.hidden, args.hidden // 2, args.code_dim, args.strides,
+                               ndim=1)
         self.quantizer = Quantizer(args.num_codes, args.code_dim, beta=args.beta)
         self.register_buffer("idle", torch.zeros(args.num_codes, dtype=torch.long))
         # The decoder may look at the codes before and after: all of them are known to it.
@@ -374,6 +371,13 @@ class SpeechVQVAE(nn.Module):
         self.decoder = WaveNet(256, args.channels, args.layers, args.cycle,
                                skip_channels=args.skip_channels, cond_channels=args.channels,
                                num_speakers=speakers)
+        # torch's own start loses two thirds of the variance in each convolution: next to nothing
+        # of x gets through the encoder, the decoder learns to do without, and all codes die.
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv1d):
+                nn.init.kaiming_normal_(layer.weight)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
         # Levels have an order, which an embedding would have to learn: start it, and the logits,
         # as smooth functions of the level (cosines, the fast ones small).
         level = (torch.arange(256) + 0.5) / 256
@@ -520,9 +524,6 @@ def main():
         net, cut(speech, starts[i], args.crop), owners[i], args.num_codes), len(starts),
         args.steps, args.batch_size, args.lr)
     model.requires_grad_(False)                        # stage one is over
-    if run.world > 1:                                  # the norm's averages differ a little
-        for buffer in model.buffers():
-            dist.broadcast(buffer, 0)
     # Stage two: the codes, once, and the prior on them.
     codes, test_codes = (encode_all(model, part, args) for part in (train, test))
     if "prior" in args.experiments:
@@ -610,19 +611,14 @@ def report(run, model, prior, classifier, train, test, speakers, phones):
     generator = torch.Generator(run.device).manual_seed(args.seed)
     starts, owners = windows(test[0].lengths, args.clip, args.clip)    # clips, of all speakers
     pick = torch.linspace(0, len(starts) - 1, min(args.test_clips, len(starts))).long()
-    clips = cut(test[0].wave, starts[pick], args.clip).to(run.device)  # (M, T)
-    owners, codes = owners[pick].to(run.device), model.encode(clips)
+    starts, owners = starts[pick], owners[pick].to(run.device)
+    clips = cut(test[0].wave, starts, args.clip).to(run.device)        # (M, T)
+    codes = model.encode(clips)
+    metrics = likelihoods(model, clips, codes, owners, S)
     counts = count_codes(test[1], args.num_codes)
-    metrics = {"codes_used": int((counts > 0).sum()), "num_codes": args.num_codes,
-               "perplexity": perplexity(counts).item(),
-               "unigram_bits_per_code": perplexity(counts).log2().item()}
-    # With the true past as input. If the decoder heeds its codes and its speaker, those of
-    # another utterance, or of another voice, cost more.
-    for name, z, s in (("", codes, owners), ("_other_codes", codes.roll(1, 0), owners),
-                       ("_wrong_speaker", codes, (owners + 1) % S)):
-        if name != "_wrong_speaker" or S > 1:
-            bits = [model.bits(*a) for a in zip(clips.split(4), z.split(4), s.split(4))]
-            metrics["bits_per_sample" + name] = torch.cat(bits).mean().item()
+    metrics.update(codes_used=int((counts > 0).sum()), num_codes=args.num_codes,
+                   perplexity=perplexity(counts).item(),
+                   unigram_bits_per_code=perplexity(counts).log2().item())
     # Experiments 1 and 2: each clip drawn in its own voice, and in every other.
     convert = "conversion" in args.experiments and S > 1
     voices = torch.arange(S, device=run.device).repeat(len(clips), 1)
@@ -630,23 +626,18 @@ def report(run, model, prior, classifier, train, test, speakers, phones):
     V = voices.shape[1]
     drawn = draw(run, model, codes.repeat_interleave(V, 0), voices.flatten(), generator)
     drawn = drawn.view(len(clips), V, -1)
-    other = owners[:, None] != voices
     if convert:
         metrics.update(judge(classifier, clips, owners, drawn, speakers, args.sample_rate))
     if "prior" in args.experiments:
         metrics["prior_bits_per_code"] = babble(run, model, prior, test, speakers, generator)
     if "phonemes" in args.experiments and phones:
-        told, spoken = (middle(speech.phones, args.hop) for speech, _ in (train, test))
-        table = phone_table(train[1], told, args.num_codes, len(phones))
-        likeliest = torch.zeros_like(table).index_fill_(1, table.sum(0).argmax(), 1)
-        metrics["phone_accuracy"] = phone_accuracy(table, test[1], spoken)
-        metrics["phone_baseline"] = phone_accuracy(likeliest, test[1], spoken)
+        table, found = read_phones(run, train, test, phones)
+        metrics.update(found)
         if convert:
-            asked = middle(cut(test[0].phones, starts[pick], args.clip), args.hop)
+            asked = middle(cut(test[0].phones, starts, args.clip), args.hop)
             metrics["converted_phone_accuracy"] = phone_accuracy(
-                table, model.encode(drawn[other]), asked.repeat_interleave(S - 1, 0))
-        phone_picture(run.out / "phones.png", table, phones)
-
+                table, model.encode(drawn[owners[:, None] != voices]),
+                asked.repeat_interleave(S - 1, 0))
     rows = []
     for s in owners.unique()[:4].tolist():             # a clip of each speaker
         i = int((owners == s).nonzero()[0])
@@ -655,6 +646,11 @@ def report(run, model, prior, classifier, train, test, speakers, phones):
             name = speakers[int(voices[i, k])]
             rows[-1].append((f"decoded as {name}", f"{speakers[s]}_as_{name}", drawn[i, k]))
     sheet(run, "reconstructions", rows)
+    finish(run, metrics)
+
+
+def finish(run, metrics):
+    """metrics.json, curves.png, and the last words."""
     metrics["seconds"] = round(run.seconds, 1)
     metrics = {k: None if v != v else v for k, v in metrics.items()}   # JSON has no NaN
     run.write("metrics.json", json.dumps(metrics, indent=1))
@@ -662,6 +658,29 @@ def report(run, model, prior, classifier, train, test, speakers, phones):
     for name, value in metrics.items():
         run.say(f"{name:30} {value:.4g}" if isinstance(value, float) else f"{name:30} {value}")
     run.say(f"sounds, pictures and numbers are in {run.out}")
+
+
+def likelihoods(model, clips, codes, owners, S):
+    """Bits a sample with the true past as input. If the decoder heeds its codes and its speaker,
+    those of another utterance, or of another voice, cost more."""
+    def bits(codes, speaker):
+        return torch.cat([model.bits(*a) for a in zip(clips.split(4), codes.split(4),
+                                                      speaker.split(4))]).mean().item()
+    found = {"bits_per_sample": bits(codes, owners),
+             "bits_per_sample_other_codes": bits(codes.roll(1, 0), owners)}
+    if S > 1:
+        found["bits_per_sample_wrong_speaker"] = bits(codes, (owners + 1) % S)
+    return found
+
+
+def read_phones(run, train, test, phones):
+    """Experiment 4: how codes and phones meet on training speech, accuracies on test speech."""
+    told, spoken = (middle(speech.phones, run.args.hop) for speech, _ in (train, test))
+    table = phone_table(train[1], told, run.args.num_codes, len(phones))
+    likeliest = torch.zeros_like(table).index_fill_(1, table.sum(0).argmax(), 1)
+    phone_picture(run.out / "phones.png", table, phones)
+    return table, {"phone_accuracy": phone_accuracy(table, test[1], spoken),
+                   "phone_baseline": phone_accuracy(likeliest, test[1], spoken)}
 
 
 def babble(run, model, prior, test, speakers, generator):
