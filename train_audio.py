@@ -40,10 +40,11 @@ PAPER = dict(steps=500_000, prior_steps=250_000, batch_size=16, lr=2e-4,
              test_clips=10)
 PRESETS = {
     # 8 kHz -> 62.5 codes of 7 bits a second, 146 times fewer bits than 8-bit speech. The decoder
-    # looks back 128 samples, a period of the deepest voice: what sound it is, the codes must say.
-    "demo": dict(steps=2600, prior_steps=400, batch_size=8, lr=4e-3, lr_decay=0.5,
+    # looks back 256 samples, three periods of the deepest voice and less than half a phone: it
+    # can keep up the pitch, but what is being said the codes have to tell it.
+    "demo": dict(steps=3000, prior_steps=400, batch_size=8, lr=4e-3, lr_decay=0.5,
                  sample_rate=8000, strides="2,2,2,2,2,2,2", num_codes=128, code_dim=8, hidden=64,
-                 channels=32, skip_channels=64, layers=7, cycle=7, prior_channels=64, crop=1024,
+                 channels=32, skip_channels=64, layers=8, cycle=8, prior_channels=64, crop=1024,
                  clip=16_000, test_clips=40),
     # "6 strided convolutions with stride 2": 64x, K = 512. Widths, batch and crop are not in the
     # paper; steps and rate are those of its images.
@@ -449,7 +450,8 @@ class SpeakerClassifier(nn.Sequential):
     def forward(self, x):                              # (B, T) levels -> (B, speakers)
         window = torch.hann_window(256, device=x.device)
         power = torch.stft(inverse_mu_law(x), 256, 128, window=window, return_complex=True)
-        return super().forward((power.abs() + 1e-3).log())
+        # What is 20 dB below speech counts for little: not the voice, but the hiss of sampling.
+        return super().forward((power.abs() + 0.1).log())
 
     @torch.no_grad()
     def accuracy(self, x, speaker):
@@ -473,8 +475,8 @@ def make_parser():
          "lines 'end phone' or 'start end phone', in seconds")
     flag("--experiments", nargs="+", choices=EXPERIMENTS, default=EXPERIMENTS, help="default: all")
     flag("--sample-rate", type=positive(int), help="Hz; files of another rate are resampled")
-    flag("--strides", type=strides, help="one for each convolution of the encoder (paper "
-         "2,2,2,2,2,2); their product is the hop, the samples that share a code")
+    flag("--strides", type=strides, help="of the encoder's convolutions (paper 2,2,2,2,2,2); their "
+         "product is the hop, the samples that share a code")
     flag("--codebook", choices=["loss", "ema"], default="ema", help="how the codebook learns: by "
          "eq. 3, term 2 (the paper's experiments) or moving averages (A.1, default)")
     flag("--num-codes", type=positive(int), help="K (paper 512; 128 for phonemes)")
@@ -488,11 +490,11 @@ def make_parser():
     flag("--cycle", type=positive(int), help="its dilations are 1, 2 .. 2^(CYCLE-1), and again")
     flag("--prior-channels", type=positive(int), help="residual channels of the prior")
     flag("--crop", type=positive(int), help="samples of a training example")
-    flag("--clip", type=positive(int), help="samples of a test clip, and of what the prior learns "
-         "as one piece (paper 40,960)")
+    flag("--clip", type=positive(int), help="samples of a test clip and of the prior's examples "
+         "(paper 40,960)")
     flag("--test-clips", type=positive(int), help="clips that are reconstructed and converted")
-    flag("--demo-utterances", type=positive(int), default=280, help="of --clip samples, a tenth of "
-         "them for testing")
+    flag("--demo-utterances", type=positive(int), default=280, help="each as long as a clip; a "
+         "tenth for testing")
     return parser
 
 
@@ -585,11 +587,6 @@ def phone_accuracy(table, codes, phones):
     return right[phones != UNLABELLED].float().mean().item()
 
 
-def middle(phones, hop):
-    """The phone in the middle of each code's window: (..., S) -> (..., S / hop)."""
-    return phones[..., hop // 2::hop]
-
-
 def pitch(x, rate):
     """Median pitch in Hz of the voiced frames of each x (B, T) in [-1, 1]: (B,), NaN if none.
 
@@ -634,7 +631,7 @@ def report(run, model, prior, classifier, train, test, speakers, phones):
         table, found = read_phones(run, train, test, phones)
         metrics.update(found)
         if convert:
-            asked = middle(cut(test[0].phones, starts, args.clip), args.hop)
+            asked = cut(test[0].phones, starts, args.clip)[:, args.hop // 2::args.hop]
             metrics["converted_phone_accuracy"] = phone_accuracy(
                 table, model.encode(drawn[owners[:, None] != voices]),
                 asked.repeat_interleave(S - 1, 0))
@@ -675,7 +672,8 @@ def likelihoods(model, clips, codes, owners, S):
 
 def read_phones(run, train, test, phones):
     """Experiment 4: how codes and phones meet on training speech, accuracies on test speech."""
-    told, spoken = (middle(speech.phones, run.args.hop) for speech, _ in (train, test))
+    hop = run.args.hop                                 # a code stands for the phone in its middle
+    told, spoken = (speech.phones[hop // 2::hop] for speech, _ in (train, test))
     table = phone_table(train[1], told, run.args.num_codes, len(phones))
     likeliest = torch.zeros_like(table).index_fill_(1, table.sum(0).argmax(), 1)
     phone_picture(run.out / "phones.png", table, phones)

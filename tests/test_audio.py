@@ -7,6 +7,7 @@ import subprocess
 import sys
 import wave
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -186,6 +187,42 @@ def test_phone_map_takes_the_likeliest_phone_and_skips_what_has_no_label():
     table = audio.phone_table(codes, phones, 3, 2)
     assert table.tolist() == [[1, 2], [1, 0], [0, 0]]
     assert audio.phone_accuracy(table, codes, phones) == pytest.approx(3 / 4)
+
+
+def test_conversions_are_judged_by_the_voice_asked_for():
+    waves, who, _ = audio.demo_speech(8, seed=1, seconds=1.0)
+    clips, who = audio.mu_law(torch.from_numpy(waves)), torch.from_numpy(who)
+    wanted = torch.tensor([v[0] for v in audio.VOICES.values()])
+
+    def accuracy(x, speaker):                          # in place of the classifier: by pitch
+        heard = audio.pitch(audio.inverse_mu_law(x), 8000)
+        nearest = (heard[:, None] / wanted).log2().abs().argmin(1)
+        return (nearest == speaker).float().mean().item()
+
+    def judge(drawn):
+        return audio.judge(SimpleNamespace(accuracy=accuracy), clips[:4], who[:4], drawn,
+                           list(audio.VOICES), 8000)
+
+    perfect = judge(clips[4:].expand(4, 4, -1))        # each one speaks the voice asked for
+    assert perfect["real_speaker_accuracy"] == perfect["converted_speaker_accuracy"] == 1
+    assert perfect["converted_pitch_error"] < 1
+    none = judge(clips[:4, None].expand(4, 4, -1))     # nothing was converted
+    assert none["converted_speaker_accuracy"] == 0 and none["converted_pitch_error"] > 4
+    assert none["pitch_soprano"] > 200 > none["pitch_as_soprano"]
+
+
+def test_the_end_of_every_speaker_is_held_out(tmp_path):
+    data = speakers(tmp_path / "data", files=12)
+    args = audio.make_parser().parse_args([*TINY, "--data", str(data), "--sample-rate", "8000"])
+    args.hop = 64
+    train, test, names, phones = audio.load_data(args, SimpleNamespace(say=print))
+    assert names == ["ann", "bob"] and phones == []
+    assert train.lengths == [86_400 // 64 * 64] * 2 and test.lengths == [9600] * 2
+    folder, _ = audio.read_folder(data, args, SimpleNamespace(say=print))
+    for k, name in enumerate(names):
+        whole = folder[name][0]
+        assert torch.equal(train.wave.split(train.lengths)[k], whole[:train.lengths[k]])
+        assert torch.equal(test.wave.split(test.lengths)[k], whole[-9600:])
 
 
 def test_prior_sees_the_whole_chunk():
