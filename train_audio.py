@@ -42,7 +42,7 @@ PRESETS = {
     # 8 kHz -> 62.5 codes of 7 bits a second, 146 times fewer bits than 8-bit speech. The decoder
     # looks back 256 samples, three periods of the deepest voice and less than half a phone: it
     # can keep up the pitch, but what is being said the codes have to tell it.
-    "demo": dict(steps=3000, prior_steps=400, batch_size=8, lr=4e-3, lr_decay=0.5,
+    "demo": dict(steps=5000, prior_steps=400, batch_size=8, lr=4e-3, lr_decay=0.5,
                  sample_rate=8000, strides="2,2,2,2,2,2,2", num_codes=128, code_dim=8, hidden=64,
                  channels=32, skip_channels=64, layers=8, cycle=8, prior_channels=64, crop=1024,
                  clip=16_000, test_clips=40),
