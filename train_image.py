@@ -415,7 +415,7 @@ def make_parser():
     flag("--prior-channels", type=positive(int), help="channels of the PixelCNN")
     flag("--second-stage", action="store_true", help="after the prior: a second VQ-VAE that says "
          "a whole image in three codes (sec. 4.2, figure 5), and a VAE for comparison")
-    flag("--second-steps", type=positive(int), default=1500, help="training steps of each of its "
+    flag("--second-steps", type=positive(int), default=1000, help="training steps of each of its "
          "models (default %(default)s)")
     flag("--size", type=positive(int), help="crop all images to squares and scale them to "
          "SIZE x SIZE")
