@@ -137,6 +137,7 @@ def test_sampling_honours_the_global_code(vqvae):
 
 def test_cached_sampling_given_a_global_code_equals_naive(vqvae):
     z = vqvae.quantizer.lookup(torch.tensor([[1, 2, 3], [1, 9, 3]]).view(2, 3, 1, 1)) * 100
+    vqvae.decoder.head.weight.data *= 100              # sure of itself: small errors change codes
     cached, naive = (sample(2, *FIELD, cond=z, generator=torch.Generator().manual_seed(0))
                      for sample in (vqvae.decoder.sample, vqvae.decoder.sample_naive))
     assert torch.equal(cached, naive)
