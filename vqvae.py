@@ -889,7 +889,8 @@ class Run:
                     continue
                 if bad >= 0:
                     stop(f"the loss of stage {stage} is not finite at step {int(bad)}: try a "
-                         f"lower --lr; a checkpoint written before is kept, --resume goes on from it")
+                         f"lower --lr; a checkpoint written before is kept, --resume goes on "
+                         "from it")
                 row = {"stage": stage, "step": done, "seconds": round(self.seconds, 1)}
                 row.update({name: (x > 0).sum().item() if x.ndim else x.item() / since
                             for name, x in sums.items()})
