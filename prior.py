@@ -27,6 +27,7 @@ N. Needs torch and nothing else.
 """
 
 import itertools
+import math
 
 import torch
 import torch.nn as nn
@@ -157,6 +158,7 @@ class PixelCNN(nn.Module):
         self.num_codes, self.channels, self.num_codebooks = num_codes, channels, num_codebooks
         self.num_classes, self.cond_channels = num_classes, cond_channels
         self.embed = nn.Embedding(num_codebooks * num_codes, channels)
+        self.place = nn.Linear(2 * 8, channels)
         self.layers = nn.ModuleList(
             PixelCNNLayer(channels, 5 if i else 7, num_classes, cond_channels)
             for i in range(num_layers))
@@ -173,8 +175,9 @@ class PixelCNN(nn.Module):
         self.check(labels, cond)
         codes = codes.unsqueeze(1) if self.num_codebooks == 1 else codes           # (B, G, H, W)
         x = self.embed_all(codes.movedim(1, -1)).permute(0, 3, 1, 2)   # (B, C, H, W)
-        v = F.pad(x, (0, 0, 1, -1))                    # one row down: row i holds codes of row i-1
-        h = F.pad(x, (1, -1, 0, 0))                    # one column right: (i, j) holds (i, j-1)
+        place = self.places(*x.shape[2:]).permute(2, 0, 1)             # (C, H, W)
+        v = F.pad(x, (0, 0, 1, -1)) + place            # one row down: row i holds codes of row i-1
+        h = F.pad(x, (1, -1, 0, 0)) + place            # one column right: (i, j) holds (i, j-1)
         for layer in self.layers:
             v, h = layer(v, h, layer.bias(labels, cond))
         logits = self.head(h, codes)
@@ -184,6 +187,18 @@ class PixelCNN(nn.Module):
         """Codes of G slices (..., G) -> the sum of their embeddings (..., C)."""
         first = torch.arange(self.num_codebooks, device=codes.device) * self.num_codes
         return self.embed(codes + first).sum(-2)
+
+    def places(self, height, width):
+        """Tells each position where in the field it is, (H, W, C): of eight cosines of its row
+        and eight of its column. Convolutions alone would have to find that out from the zeros
+        around the field, in many layers. Not in the paper."""
+        def cosines(n):
+            at = (torch.arange(n, device=self.place.weight.device) + 0.5) / n  # 0 .. 1
+            return (math.pi * at[:, None] * torch.arange(1, 9, device=at.device)).cos()
+
+        row, column = cosines(height)[:, None], cosines(width)         # (H, 1, 8), (W, 8)
+        both = torch.cat([row.expand(-1, width, -1), column.expand(height, -1, -1)], 2)
+        return self.place(both.to(self.place.weight.dtype))
 
     def check(self, labels, cond):
         for name, given, wanted in (("labels", labels, self.num_classes),
@@ -224,9 +239,11 @@ class PixelCNN(nn.Module):
         # Inputs of each layer's vertical convolution, all rows, with its zero padding.
         above = [torch.zeros(B, C, height + layer.reach, W + 2 * layer.reach, device=device,
                              dtype=self.embed.weight.dtype) for layer in self.layers]
+        places = self.places(height, W)
         v = above[0].new_zeros(B, C, 1, W)             # row 0: nothing is above it
         for i in range(height):
             row_cond = cond if cond is None or cond.shape[2] == 1 else cond[:, :, i:i + 1]
+            v = v + places[i].t().unsqueeze(1)
             biases = self.vertical_row(i, v, above, labels, row_cond)  # L x (W, B, 2C)
             noise = gumbel(W, G, B, self.num_codes, generator=generator, device=device)
             # Inputs of each layer's horizontal convolution in this row: (B, (W + reach) * C), so
@@ -234,6 +251,7 @@ class PixelCNN(nn.Module):
             line = [v.new_zeros(B, (W + layer.reach) * C) for layer in self.layers]
             h = v.new_zeros(B, C)                      # column 0: nothing is to the left
             for j in range(W):
+                h = h + places[i, j]
                 for (w, w_out, r), past, bias in zip(weights, line, biases):
                     window = past[:, j * C:(j + r + 1) * C]            # columns j-r .. j
                     window[:, r * C:] = h
@@ -481,24 +499,24 @@ class WaveNet(nn.Module):
 
 
 class ActionBlock(nn.Module):
-    """Residual block of two 3x3 convolutions; the actions scale and shift its hidden channels.
+    """Residual block of two 3x3 convolutions; the action scales and shifts its hidden channels.
 
-    The scale is what lets an action choose: a left turn opens the channels that move the
-    picture to the right, and closes those that move it to the left. Without the normalisation
-    the network is very slow to discover that copying pays.
+    The scale is what lets an action choose, and it depends on the place: a step forward moves
+    the left half of the picture to the left and the right half to the right. Without the
+    normalisation the network is very slow to discover that copying pays.
     """
 
-    def __init__(self, channels, action_channels):
+    def __init__(self, channels, field_channels):
         super().__init__()
         self.first = nn.Conv2d(channels, channels, 3, padding=1)
         self.second = nn.Conv2d(channels, channels, 3, padding=1)
         self.norm = nn.GroupNorm(1, channels)
         self.norm_hidden = nn.GroupNorm(1, channels, affine=False)     # the actions' scale is one
-        self.film = nn.Linear(action_channels, 2 * channels)
+        self.film = nn.Conv2d(field_channels, 2 * channels, 1)
 
-    def forward(self, x, a):
-        """x (B, C, H, W), a (B, action_channels) -> (B, C, H, W)."""
-        scale, shift = self.film(a)[:, :, None, None].chunk(2, 1)      # (B, C, 1, 1)
+    def forward(self, x, field, row):
+        """x (B, C, H, W), field (A, F, H, W), row (B,) of the field -> (B, C, H, W)."""
+        scale, shift = self.film(field).index_select(0, row).chunk(2, 1)   # (B, C, H, W)
         h = self.norm_hidden(self.first(F.relu(self.norm(x))))
         return x + self.second(F.relu(torch.addcmul(h + shift, h, scale)))
 
@@ -506,10 +524,11 @@ class ActionBlock(nn.Module):
 class VideoPrior(nn.Module):
     """p(z_t | z_<t, a_<t) for clips of code maps z_t (H, W): sec. 4.4, p(z_1, .., z_T).
 
-    A U-Net looks at the last `context` maps and actions and makes a feature map of what the next
-    frame will show; a gated PixelCNN, conditioned on it, spells that frame out code by code. A
-    turn moves the picture by several columns: at a quarter of the resolution they are one or
-    two, and five 3x3 convolutions there reach 20 columns. The skips keep the detail.
+    A U-Net looks at the last `context` maps and the last action (what the earlier ones did is in
+    the maps) and makes a feature map of what the next frame will show; a gated PixelCNN,
+    conditioned on it, spells that frame out code by code. A turn moves the picture by some
+    columns, so the last map enters through a convolution of its own for each action; five 3x3
+    convolutions at a quarter of the resolution reach 20 columns. The skips keep the detail.
 
     Args:
         num_codes: K. num_actions: how many actions there are, 0 for a model without actions.
@@ -521,16 +540,20 @@ class VideoPrior(nn.Module):
     and a clip may start from nothing. Action -1, or no actions at all, stands for "not known".
     """
 
-    def __init__(self, num_codes, num_actions=0, channels=64, num_layers=4, context=4):
+    kernel = 3, 7                                      # of an action's convolution: rows, columns
+
+    def __init__(self, num_codes, num_actions=0, channels=64, num_layers=4, context=4, fields=32):
         super().__init__()
         self.num_codes, self.num_actions, self.context = num_codes, num_actions, context
-        C, A = channels, max(1, channels // 4)
-        self.embed = nn.Embedding(num_codes + 1, C // 2)               # row K: no frame
-        self.embed_action = nn.Embedding(num_actions + 1, A)           # row 0: not known
-        self.enter = nn.Conv2d(context * (C // 2) + 2, C, 1)           # + row and column
+        C, E, taps = channels, channels // 2, self.kernel[0] * self.kernel[1]
+        self.embed = nn.Embedding(num_codes + 1, E)                    # row K: no frame
+        self.enter = nn.Conv2d(context * E, C, 1)
+        self.carry = nn.Embedding(num_actions + 1, C * E * taps)       # row 0: action not known
+        self.embed_action = nn.Embedding(num_actions + 1, fields)
+        self.place, self.field = nn.Conv2d(2, fields, 1), nn.Conv2d(fields, fields, 1)
         widths = (C, 2 * C, 2 * C)                     # at 1, 1/2 and 1/4 of the resolution
-        self.before = nn.ModuleList(ActionBlock(w, context * A) for w in widths)
-        self.after = nn.ModuleList(ActionBlock(w, context * A) for w in widths)
+        self.before = nn.ModuleList(ActionBlock(w, fields) for w in widths)
+        self.after = nn.ModuleList(ActionBlock(w, fields) for w in widths)
         self.down = nn.ModuleList(nn.Conv2d(w, v, 3, 2, 1) for w, v in zip(widths, widths[1:]))
         self.up = nn.ModuleList(nn.Conv2d(v, w, 1) for w, v in zip(widths, widths[1:]))
         self.norm = nn.GroupNorm(1, C)
@@ -538,45 +561,55 @@ class VideoPrior(nn.Module):
         # torch's own start loses two thirds of the variance in each convolution: of what the
         # U-Net sees nothing would get through, and the prior would be slow to learn to copy.
         for layer in self.modules():
-            if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            if isinstance(layer, nn.Conv2d):
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="linear")
+        nn.init.normal_(self.carry.weight, std=(E * taps) ** -0.5)
 
     def forward(self, codes, actions=None):
         """codes (B, T, H, W), actions (B, T-1) or None -> logits (B, K, T, H, W).
 
-        logits[:, :, t, i, j] see the frames t - context .. t - 1, the actions between them, the
-        action a_(t-1) that leads to frame t, and the codes of frame t before (i, j)."""
+        logits[:, :, t, i, j] see the frames t - context .. t - 1, the action a_(t-1) that leads
+        from there to frame t, and the codes of frame t before (i, j)."""
         B, T = codes.shape[:2]
         actions = self.check(codes, actions, T - 1)
-        windows, acts = self.windows(codes, actions, T)
-        cond = self.look_back(windows.flatten(0, 1), acts.flatten(0, 1))
+        actions = F.pad(actions, (1, 0), value=-1)     # (B, T): the one that leads to each frame
+        cond = self.look_back(self.windows(codes, T).flatten(0, 1), actions.flatten())
         logits = self.pixelcnn(codes.flatten(0, 1), cond=cond)         # (B*T, K, H, W)
         return logits.unflatten(0, (B, T)).transpose(1, 2)
 
-    def windows(self, codes, actions, T):
-        """What each of frames 0 .. T-1 looks back on: (B, T, H, W, context), (B, T, context)."""
-        n = self.context
-        codes = F.pad(codes, (0, 0, 0, 0, n, 0), value=self.num_codes)
-        actions = F.pad(actions, (n, 0), value=-1)
-        return codes.unfold(1, n, 1)[:, :T], actions.unfold(1, n, 1)[:, :T]
+    def windows(self, codes, T):
+        """What each of frames 0 .. T-1 looks back on: (B, T, H, W, context)."""
+        codes = F.pad(codes, (0, 0, 0, 0, self.context, 0), value=self.num_codes)
+        return codes.unfold(1, self.context, 1)[:, :T]
 
-    def look_back(self, codes, actions):
-        """The U-Net: codes (B, H, W, context), actions (B, context) -> (B, C, H, W)."""
-        B, H, W, _ = codes.shape
-        x = self.embed(codes).flatten(3).permute(0, 3, 1, 2)           # (B, context * C/2, H, W)
-        rows = torch.linspace(-1, 1, H, device=x.device, dtype=x.dtype).view(1, 1, H, 1)
-        cols = torch.linspace(-1, 1, W, device=x.device, dtype=x.dtype).view(1, 1, 1, W)
-        x = self.enter(torch.cat([x, rows.expand(B, 1, H, W), cols.expand(B, 1, H, W)], 1))
-        a = self.embed_action(actions + 1).flatten(1)                  # (B, context * A)
+    def look_back(self, codes, action):
+        """The U-Net: codes (B, H, W, context), the last action (B,) -> (B, C, H, W)."""
+        H, W = codes.shape[1:3]
+        row, e = action + 1, self.embed(codes)                         # (B, H, W, context, C/2)
+        x = self.enter(e.flatten(3).permute(0, 3, 1, 2))               # (B, C, H, W)
+        # The convolution of each one's own action, as a product with the pieces under the kernel.
+        pieces = F.unfold(e[..., -1, :].permute(0, 3, 1, 2), self.kernel,
+                          padding=[k // 2 for k in self.kernel])       # (B, C/2 * taps, H*W)
+        kernels = self.carry(row).unflatten(1, (x.shape[1], -1))       # (B, C, C/2 * taps)
+        x = x + (kernels @ pieces).view_as(x)
         skips = []
         for i, block in enumerate(self.before):
-            x = block(self.down[i - 1](x) if i else x, a)
+            x = self.down[i - 1](x) if i else x
+            x = block(x, self.act(x), row)
             skips.append(x)
         for i in reversed(range(len(self.after))):
             if i < len(self.after) - 1:
                 x = F.interpolate(self.up[i](x), skips[i].shape[2:]) + skips[i]
-            x = self.after[i](x, a)
+            x = self.after[i](x, self.act(x), row)
         return self.norm(x)
+
+    def act(self, x):
+        """What each action does at each place of a map like x: (actions + 1, fields, H, W)."""
+        H, W = x.shape[2:]
+        rows = torch.linspace(-1, 1, H, device=x.device, dtype=x.dtype).view(1, 1, H, 1)
+        cols = torch.linspace(-1, 1, W, device=x.device, dtype=x.dtype).view(1, 1, 1, W)
+        place = self.place(torch.cat([rows.expand(1, 1, H, W), cols.expand(1, 1, H, W)], 1))
+        return F.relu(self.field(F.relu(self.embed_action.weight[:, :, None, None] + place)))
 
     def check(self, codes, actions, length):
         """The actions as (B, length), -1 for what is not known."""
@@ -616,9 +649,9 @@ class VideoPrior(nn.Module):
         if actions.numel() and not -1 <= actions.min() <= actions.max() < self.num_actions:
             raise ValueError(f"actions must be 0 .. {self.num_actions - 1}, or -1 for not known")
         clip = F.pad(codes, (0, 0, 0, 0, n, 0), value=self.num_codes)  # as in `windows`
-        actions = F.pad(actions, (n, 0), value=-1)
+        actions = F.pad(actions, (1, 0), value=-1)
         for t in range(T, T + frames):
-            cond = self.look_back(clip[:, t:t + n].permute(0, 2, 3, 1), actions[:, t:t + n])
+            cond = self.look_back(clip[:, t:t + n].permute(0, 2, 3, 1), actions[:, t])
             z = self.pixelcnn.sample(B, H, W, cond=cond, temperature=temperature,
                                      generator=generator)
             clip = torch.cat([clip, z.unsqueeze(1)], 1)

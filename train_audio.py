@@ -16,28 +16,35 @@ log.csv, config.json and checkpoint.pt; README explains every number.
 import io
 import json
 import math
+import random
 import wave
+from collections import Counter
 from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 
 from prior import WaveNet
-from vqvae import (Encoder, Output, Parser, Run, VectorQuantizer, VectorQuantizerEMA, count_codes,
-                   perplexity, positive, stop, to_unit)
+from vqvae import (Encoder, Parser, Run, VectorQuantizer, VectorQuantizerEMA,
+                   count_codes, perplexity, positive, stop, to_unit)
 
-PAPER = dict(steps=500_000, prior_steps=250_000, batch_size=16, lr=2e-4, sample_rate=16_000,
-             num_codes=512, code_dim=64, hidden=256, channels=64, skip_channels=256, layers=30,
-             cycle=10, prior_channels=256, crop=10_240, clip=40_960, test_clips=10)
+PAPER = dict(steps=500_000, prior_steps=250_000, batch_size=16, lr=2e-4,
+             sample_rate=16_000, num_codes=512, code_dim=64, hidden=256, channels=64,
+             skip_channels=256, layers=30, cycle=10, prior_channels=256, crop=10_240, clip=40_960,
+             test_clips=10)
 PRESETS = {
-    # 8 kHz -> 62.5 codes of 6 bits a second, 171 times fewer bits than 8-bit speech.
-    "demo": dict(steps=4000, prior_steps=500, batch_size=8, lr=2e-3, lr_decay=0.5,
-                 sample_rate=8000, strides="2,2,2,2,2,2,2", num_codes=64, code_dim=8, hidden=64,
-                 channels=32, skip_channels=64, layers=9, cycle=9, prior_channels=64, crop=1024,
+    # 8 kHz -> 62.5 codes of 7 bits a second, 146 times fewer bits than 8-bit speech. The decoder
+    # looks back 256 samples, three periods of the deepest voice and less than half a phone: it
+    # can keep up the pitch, but what is being said the codes have to tell it.
+    "demo": dict(steps=5000, prior_steps=400, batch_size=8, lr=4e-3, lr_decay=0.5,
+                 sample_rate=8000, strides="2,2,2,2,2,2,2", num_codes=128, code_dim=8, hidden=64,
+                 channels=32, skip_channels=64, layers=8, cycle=8, prior_channels=64, crop=1024,
                  clip=16_000, test_clips=40),
     # "6 strided convolutions with stride 2": 64x, K = 512. Widths, batch and crop are not in the
     # paper; steps and rate are those of its images.
@@ -62,18 +69,18 @@ VOICES = {"bass": (92, 0.86, 0.02), "tenor": (128, 0.98, 0.05),
 # Formants F1-F3 and their bandwidths in Hz, level of voice and of noise, mean length in ms.
 # Vowels after Peterson and Barney (1952); fricatives are noise through high, wide resonances.
 PHONES = {
-    "pause": ((500, 1500, 2500), (100, 120, 150), 0.0, 0.0, 130),
-    "a": ((730, 1090, 2440), (80, 90, 120), 1.0, 0.0, 120),
-    "e": ((530, 1840, 2480), (60, 90, 120), 1.0, 0.0, 110),
-    "i": ((270, 2290, 3010), (50, 90, 130), 1.0, 0.0, 110),
-    "o": ((570, 840, 2410), (70, 80, 120), 1.0, 0.0, 120),
-    "u": ((300, 870, 2240), (60, 80, 120), 1.0, 0.0, 110),
-    "m": ((250, 950, 2200), (60, 120, 250), 0.9, 0.0, 85),
-    "n": ((250, 1750, 2600), (60, 120, 250), 0.9, 0.0, 85),
-    "r": ((350, 1150, 1500), (80, 120, 150), 0.7, 0.0, 80),
-    "s": ((2700, 3300, 3700), (900, 500, 500), 0.0, 0.0007, 110),
-    "c": ((1700, 2200, 2900), (500, 300, 400), 0.0, 0.005, 110),   # as in ship
-    "f": ((900, 1700, 2900), (900, 900, 900), 0.0, 0.1, 95),
+    "pause": ((500, 1500, 2500), (100, 120, 150), 0.0, 0.0, 150),
+    "a": ((730, 1090, 2440), (80, 90, 120), 1.0, 0.0, 150),
+    "e": ((530, 1840, 2480), (60, 90, 120), 1.0, 0.0, 140),
+    "i": ((270, 2290, 3010), (50, 90, 130), 0.7, 0.0, 130),
+    "o": ((570, 840, 2410), (70, 80, 120), 0.9, 0.0, 150),
+    "u": ((300, 870, 2240), (60, 80, 120), 0.7, 0.0, 130),
+    "m": ((250, 950, 2200), (60, 120, 250), 0.5, 0.0, 110),
+    "n": ((250, 1750, 2600), (60, 120, 250), 0.5, 0.0, 110),
+    "r": ((350, 1150, 1500), (80, 120, 150), 0.7, 0.0, 100),
+    "s": ((2700, 3300, 3700), (900, 500, 500), 0.0, 0.0007, 130),
+    "c": ((1700, 2200, 2900), (500, 300, 400), 0.0, 0.01, 130),    # as in ship
+    "f": ((900, 1700, 2900), (900, 900, 900), 0.0, 0.1, 120),
 }
 # The demo's language: with words, the prior has something to learn beyond single phones.
 WORDS = ("mana sami reno cifu nosa fare mice rucan sono fimer cera numas eros ifan umico "
@@ -149,13 +156,11 @@ def saw(phase, step):
 
 
 def smooth(x, width):
-    """Mean over a window of `width` samples around each one, twice: (B, T, C) -> (B, T, C)."""
-    half = int(width) // 4 + 1
+    """Mean over some `width` samples around each one, twice: (B, T, C) -> (B, T, C)."""
+    x, half = torch.as_tensor(x, dtype=torch.float32).transpose(1, 2), int(width) // 4 + 1
     for _ in range(2):
-        padded = np.pad(x, ((0, 0), (half + 1, half), (0, 0)), "edge")
-        total = np.cumsum(padded, 1, dtype=np.float64)
-        x = (total[:, 2 * half + 1:] - total[:, :-2 * half - 1]) / (2 * half + 1)
-    return x.astype(np.float32)
+        x = F.avg_pool1d(F.pad(x, (half, half), "replicate"), 2 * half + 1, 1)
+    return x.transpose(1, 2).numpy()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -175,28 +180,14 @@ def inverse_mu_law(levels):
     return y.sign() * (256 ** y.abs() - 1) / 255
 
 
-def resample(x, old, new, zeros=16):
-    """x (T,) float32 at `old` Hz -> (ceil(T * new / old),) at `new` Hz, band-limited.
-
-    Output n is the ideal low-pass filter, a sinc windowed after `zeros` zero crossings, centred
-    at time n / new. With old : new = M : L in lowest terms, only L different filters occur: a
-    convolution with L channels and stride M.
-    """
-    if old == new:
-        return x
+def resample(x, old, new):
+    """x (T,) at `old` Hz -> (ceil(T * new / old),) at `new` Hz, both float32: its spectrum, cut
+    off at the new rate's half or filled up to it with zeros."""
     g = math.gcd(old, new)
     M, L = old // g, new // g
-    cutoff = 0.95 * min(1, L / M)                      # of the input's Nyquist rate
-    reach = math.ceil(zeros / cutoff)                  # input samples to each side
-    # Filter l is for outputs l, l + L, ..: (l * M / L) input samples after its window's start.
-    at = torch.arange(-reach, reach + M, dtype=torch.float64) - (
-        torch.arange(L, dtype=torch.float64)[:, None] * M / L)         # (L, taps)
-    window = torch.cos(at / (reach + 1) * math.pi / 2).square() * (at.abs() < reach + 1)
-    filters = (cutoff * torch.sinc(cutoff * at) * window).float()
-    x = torch.as_tensor(x, dtype=torch.float32)
-    padded = F.pad(x, (reach, reach + M))[None, None]
-    y = F.conv1d(padded, filters[:, None], stride=M)   # (1, L, T / M)
-    return y[0].t().flatten()[:-(-len(x) * L // M)].numpy()
+    blocks = -(-len(x) // M) + 1000 // M + 1           # whole blocks of M, and silence at the end
+    y = np.fft.irfft(np.fft.rfft(x, blocks * M)[:blocks * L // 2 + 1], blocks * L) * (L / M)
+    return y[:-(-len(x) * L // M)].astype(np.float32)
 
 
 def read_wav(path):
@@ -236,19 +227,13 @@ def write_wav(path, x, rate):
 # ---------------------------------------------------------------------------------------------
 
 
-class Speech:
-    """What one part, training or test, has of every speaker: its utterances in a row.
+class Speech(NamedTuple):
+    """What one part, training or test, has of every speaker, joined end to end: an utterance's
+    length does not matter then, windows are cut anywhere within a speaker."""
 
-    Joined, an utterance's length does not matter; windows are cut anywhere within a speaker.
-
-    wave (S,) uint8: mu-law levels, all speakers one after the other. lengths: each one's share,
-    a multiple of the hop. phones (S,) uint8: an index into the phones' names, or UNLABELLED.
-    """
-
-    def __init__(self, streams, hop):
-        self.lengths = [len(levels) // hop * hop for levels, _ in streams]
-        self.wave, self.phones = (torch.cat([x[:n] for x, n in zip(part, self.lengths)])
-                                  for part in zip(*streams))
+    wave: torch.Tensor    # (S,) uint8: mu-law levels
+    phones: torch.Tensor  # (S,) uint8: an index into the phones' names, or UNLABELLED
+    lengths: list         # each speaker's share of S, a multiple of the hop
 
 
 def windows(lengths, size, step, device="cpu"):
@@ -272,37 +257,33 @@ def load_data(args, run):
     if args.data is None:
         waves, owners, spoken = map(torch.from_numpy, demo_speech(
             args.demo_utterances, args.seed, args.clip / args.sample_rate, args.sample_rate))
-        speakers = {name: [*zip(mu_law(waves[owners == s]), spoken[owners == s])]
+        speakers = {name: (mu_law(waves[owners == s]).flatten(), spoken[owners == s].flatten())
                     for s, name in enumerate(VOICES)}
         phones = list(PHONES)
     else:
         speakers, phones = read_folder(Path(args.data), args, run)
-    parts = [hold_out(name, files, args) for name, files in speakers.items()]
-    train, test = (Speech(part, args.hop) for part in zip(*parts))
+    streams = []                                       # (training, test) of each speaker
+    for name, (wave, spoken) in speakers.items():
+        held = max(args.clip, len(wave) // 10)         # the end is for testing
+        needed = held + max(args.crop, args.clip)
+        if len(wave) < needed:
+            stop(f"speaker {name}: {len(wave) / args.sample_rate:.1f} s of speech, needs "
+                 f"{needed / args.sample_rate:.1f} s: one --clip for testing, and one (or one "
+                 "--crop) for training")
+        streams.append([[x[part] for x in (wave, spoken)]
+                        for part in (slice(-held), slice(-held, None))])
+    train, test = (join(part, args.hop) for part in zip(*streams))
     return train, test, list(speakers), phones
 
 
-def hold_out(name, files, args):
-    """One speaker's files -> its training and its test stream, each (levels, phones)."""
-    def join(part):
-        return [torch.cat(a) for a in zip(*part)] if part else [torch.empty(0)] * 2
-    test, train = (join([f for i, f in enumerate(files) if (i % 10 == 9) == held])
-                   for held in (True, False))
-    if len(test[0]) < args.clip:                       # too few files: hold out the end instead
-        whole = join(files)
-        n = max(args.clip, len(whole[0]) // 10)
-        train, test = [a[:-n] for a in whole], [a[-n:] for a in whole]
-    needed = max(args.crop, args.clip)
-    if len(train[0]) < needed:
-        have, *parts = (n / args.sample_rate for n in (sum(len(x) for x, _ in files), args.clip,
-                                                       needed))
-        stop(f"speaker {name}: {have:.1f} s of speech, needs {sum(parts):.1f} s: {parts[0]:.1f} s "
-             f"for a test clip (--clip) and {parts[1]:.1f} s for training")
-    return train, test
+def join(streams, hop):
+    lengths = [len(wave) // hop * hop for wave, _ in streams]
+    return Speech(*(torch.cat([x[:n] for x, n in zip(part, lengths)]) for part in zip(*streams)),
+                  lengths)
 
 
 def read_folder(path, args, run):
-    """DIR/<speaker>/**/*.wav -> {speaker: [(levels, phones), ..]} and the phones' names."""
+    """DIR/<speaker>/**/*.wav -> {speaker: (levels, phones)} and the phones' names."""
     if not path.is_dir():
         stop(f"--data {path}: no such folder")
     found = sorted(p for p in path.rglob("*") if p.suffix.lower() == ".wav" and p.is_file())
@@ -315,20 +296,23 @@ def read_folder(path, args, run):
     loose = [p for p in found if p.parent == path]
     if loose:
         stop(f"{loose[0]}: lies outside the speakers' folders; needs {path}/<speaker>/*.wav")
-    speakers, names, rates = {}, [], {}
-    for speaker, of_one in groupby(found, lambda p: p.relative_to(path).parts[0]):
-        waves, labels = [], []
-        for file in of_one:
+    speakers, names, rates = {}, [], Counter()
+    for speaker, files in groupby(found, lambda p: p.relative_to(path).parts[0]):
+        files, waves, labels = list(files), [], []
+        random.Random(0).shuffle(files)                # else the test part would be the last words
+        for file in files:
             x, rate = read_wav(file)
-            rates[rate] = rates.get(rate, 0) + 1
-            waves.append(torch.as_tensor(resample(x, rate, args.sample_rate)))
+            rates[rate] += 1
+            x = x if rate == args.sample_rate else resample(x, rate, args.sample_rate)
+            waves.append(torch.as_tensor(x))
             labels.append(torch.full(waves[-1].shape, UNLABELLED, dtype=torch.uint8))
             if args.labels:
                 lab = Path(args.labels) / file.relative_to(path).with_suffix(".lab")
                 read_labels(lab, labels[-1], names, args.sample_rate)
+        wave = torch.cat(waves)
         # Recordings differ in level: bring every speaker to the same one, 0.09 on average.
-        level = torch.cat(waves).square().mean().sqrt().clamp(min=1e-4)
-        speakers[speaker] = [(mu_law(x * 0.09 / level), p) for x, p in zip(waves, labels)]
+        level = wave.square().mean().sqrt().clamp(min=1e-4)
+        speakers[speaker] = mu_law(wave * 0.09 / level), torch.cat(labels)
     other = ", ".join(f"{n} of {r} Hz" for r, n in sorted(rates.items()) if r != args.sample_rate)
     run.say(f"{len(found)} WAV files of {len(speakers)} speakers"
             + (f"; resampled to {args.sample_rate} Hz: {other}" if other else ""))
@@ -338,26 +322,29 @@ def read_folder(path, args, run):
 def read_labels(lab, label, names, rate):
     """Fill `label` (T,) from lines of `end phone` or `start end phone`, in seconds."""
     try:
-        lines = [line.split() for line in lab.read_text().splitlines() if line.strip()]
+        lines = lab.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as e:
         stop(f"{lab}: no readable labels ({getattr(e, 'strerror', None) or 'not a text file'})")
-    last, seconds = 0.0, len(label) / rate
-    for number, words in enumerate(lines, 1):
+    last = 0.0
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
-            *times, phone = words
+            *times, phone = line.split()
             start, end = (last, *map(float, times))[-2:]
-            if not (len(times) in (1, 2) and 0 <= start <= end and start >= last - 1e-3):
+            if not (len(times) in (1, 2) and last - 1e-3 <= start <= end):
                 raise ValueError
         except ValueError:
-            stop(f"{lab}, line {number}: '{' '.join(words)}'; needs 'end phone' or 'start end "
-                 "phone', in seconds, in order")
-        if end > seconds + 0.05:
-            stop(f"{lab}, line {number}: ends at {end:g} s, but its WAV lasts {seconds:.2f} s")
+            stop(f"{lab}, line {number}: '{line.strip()}'; needs 'end phone' or 'start end phone', "
+                 "in seconds, in order")
+        if end > len(label) / rate + 0.05:
+            stop(f"{lab}, line {number}: ends at {end:g} s, but its WAV lasts "
+                 f"{len(label) / rate:.2f} s")
         if phone not in names:
             names.append(phone)
         if len(names) > UNLABELLED:
             stop(f"{lab}, line {number}: more than {UNLABELLED} different phones")
-        label[round(start * rate):round(end * rate)] = names.index(phone)
+        label[round(max(0, start) * rate):round(end * rate)] = names.index(phone)
         last = end
 
 
@@ -375,12 +362,8 @@ class SpeechVQVAE(nn.Module):
     def __init__(self, args, speakers):
         super().__init__()
         Quantizer = {"loss": VectorQuantizer, "ema": VectorQuantizerEMA}[args.codebook]
-        # The batch norm has no weights; it is not in the paper. A WaveNet can do without the
-        # latents at first, and the encoder is then pushed about until its outputs are far from
-        # the codebook and all fall to one code. Held at mean 0 and variance 1 they stay near it.
-        self.encoder = nn.Sequential(
-            Encoder(1, args.hidden, args.hidden // 2, args.code_dim, args.strides, ndim=1),
-            nn.BatchNorm1d(args.code_dim, affine=False))
+        self.encoder = Encoder(1, args.hidden, args.hidden // 2, args.code_dim, args.strides,
+                               ndim=1)
         self.quantizer = Quantizer(args.num_codes, args.code_dim, beta=args.beta)
         self.register_buffer("idle", torch.zeros(args.num_codes, dtype=torch.long))
         # The decoder may look at the codes before and after: all of them are known to it.
@@ -389,6 +372,13 @@ class SpeechVQVAE(nn.Module):
         self.decoder = WaveNet(256, args.channels, args.layers, args.cycle,
                                skip_channels=args.skip_channels, cond_channels=args.channels,
                                num_speakers=speakers)
+        # torch's own start loses two thirds of the variance in each convolution: next to nothing
+        # of x gets through the encoder, the decoder learns to do without, and all codes die.
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv1d):
+                nn.init.kaiming_normal_(layer.weight)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
         # Levels have an order, which an embedding would have to learn: start it, and the logits,
         # as smooth functions of the level (cosines, the fast ones small).
         level = (torch.arange(256) + 0.5) / 256
@@ -398,16 +388,14 @@ class SpeechVQVAE(nn.Module):
             weight.data.copy_(smooth.view_as(weight))
 
     def forward(self, x, speaker):
+        """-> loss, nll (B, T) = -log p(x_t | x_<t, z_q, speaker) in nats, codes (B, N)."""
         z_e = self.encoder(to_unit(x).unsqueeze(1))                    # (B, D, N)
         q = self.quantizer(z_e)
         if self.training:
             self.revive(z_e.detach(), q.codes)
-        logits = self.decoder(x.long(), self.context(q.z_q), speaker)  # (B, 256, T)
-        nll = F.cross_entropy(logits.float(), x.long(), reduction="none").sum(1)
-        latents = q.codes.shape[1]                     # N of one crop
+        nll = self.nll(x, q.z_q, speaker)
         # All three terms of eq. 3 for each latent: the data term is what its samples cost.
-        rate = torch.full_like(nll, latents * math.log(self.quantizer.num_codes))
-        return Output(nll.mean() / latents + q.loss, nll, rate, logits, q.codes)
+        return nll.sum() / q.codes.numel() + q.loss, nll, q.codes
 
     @torch.no_grad()
     def revive(self, z_e, codes, patience=50):
@@ -420,14 +408,17 @@ class SpeechVQVAE(nn.Module):
         self.idle += 1
         self.idle[codes.flatten()] = 0
         dead = (self.idle > patience).nonzero()[:len(z), 0]
-        new = z[torch.randperm(len(z), device=z.device)[:len(dead)]]
-        vq.codebook.data[dead] = new
+        vq.codebook.data[dead] = new = z[torch.randperm(len(z), device=z.device)[:len(dead)]]
         self.idle[dead] = 0
         if isinstance(vq, VectorQuantizerEMA):
             vq.ema_sum[dead], vq.ema_count[dead] = new, 1.0
         if dist.is_initialized():                      # what the first process moved, all move
             for table in (vq.codebook.data, self.idle, *vq.buffers()):
                 dist.broadcast(table, 0)
+
+    def nll(self, x, z_q, speaker):
+        logits = self.decoder(x.long(), self.context(z_q), speaker)    # (B, 256, T)
+        return F.cross_entropy(logits.float(), x.long(), reduction="none")
 
     @torch.no_grad()
     def encode(self, x):
@@ -437,8 +428,7 @@ class SpeechVQVAE(nn.Module):
     @torch.no_grad()
     def bits(self, x, codes, speaker):
         """-log2 p(x | codes, speaker) a sample, with the true past as input: (B,)."""
-        logits = self.decoder(x.long(), self.context(self.quantizer.lookup(codes)), speaker)
-        return F.cross_entropy(logits, x.long(), reduction="none").mean(1) / math.log(2)
+        return self.nll(x, self.quantizer.lookup(codes), speaker).mean(1) / math.log(2)
 
     @torch.no_grad()
     def sample(self, codes, speaker, length, generator):
@@ -460,7 +450,8 @@ class SpeakerClassifier(nn.Sequential):
     def forward(self, x):                              # (B, T) levels -> (B, speakers)
         window = torch.hann_window(256, device=x.device)
         power = torch.stft(inverse_mu_law(x), 256, 128, window=window, return_complex=True)
-        return super().forward((power.abs() + 1e-3).log())
+        # What is 20 dB below speech counts for little: not the voice, but the hiss of sampling.
+        return super().forward((power.abs() + 0.1).log())
 
     @torch.no_grad()
     def accuracy(self, x, speaker):
@@ -484,8 +475,8 @@ def make_parser():
          "lines 'end phone' or 'start end phone', in seconds")
     flag("--experiments", nargs="+", choices=EXPERIMENTS, default=EXPERIMENTS, help="default: all")
     flag("--sample-rate", type=positive(int), help="Hz; files of another rate are resampled")
-    flag("--strides", type=strides, help="one for each convolution of the encoder (paper "
-         "2,2,2,2,2,2); their product is the hop, the samples that share a code")
+    flag("--strides", type=strides, help="of the encoder's convolutions (paper 2,2,2,2,2,2); their "
+         "product is the hop, the samples that share a code")
     flag("--codebook", choices=["loss", "ema"], default="ema", help="how the codebook learns: by "
          "eq. 3, term 2 (the paper's experiments) or moving averages (A.1, default)")
     flag("--num-codes", type=positive(int), help="K (paper 512; 128 for phonemes)")
@@ -499,11 +490,11 @@ def make_parser():
     flag("--cycle", type=positive(int), help="its dilations are 1, 2 .. 2^(CYCLE-1), and again")
     flag("--prior-channels", type=positive(int), help="residual channels of the prior")
     flag("--crop", type=positive(int), help="samples of a training example")
-    flag("--clip", type=positive(int), help="samples of a test clip, and of what the prior learns "
-         "as one piece (paper 40,960)")
+    flag("--clip", type=positive(int), help="samples of a test clip and of the prior's examples "
+         "(paper 40,960)")
     flag("--test-clips", type=positive(int), help="clips that are reconstructed and converted")
-    flag("--demo-utterances", type=positive(int), default=280, help="of --clip samples, a tenth of "
-         "them for testing")
+    flag("--demo-utterances", type=positive(int), default=280, help="each as long as a clip; a "
+         "tenth for testing")
     return parser
 
 
@@ -518,8 +509,7 @@ def main():
     if args.labels and not args.data:
         stop("--labels belongs to --data; the demo has labels of its own")
     train, test, speakers, phones = load_data(args, run)
-    speech = train.wave.to(run.device)
-    N = args.clip // args.hop                          # codes of a clip
+    speech, N = train.wave.to(run.device), args.clip // args.hop       # N: codes of a clip
     model = SpeechVQVAE(args, len(speakers)).to(run.device)
     prior = WaveNet(args.num_codes, args.prior_channels, *prior_size(N),
                     skip_channels=2 * args.prior_channels).to(run.device)
@@ -533,12 +523,9 @@ def main():
     # Stage one: the VQ-VAE, with the prior "kept constant and uniform".
     starts, owners = windows(train.lengths, args.crop, max(1, args.hop // 4), run.device)
     run.fit("vqvae", model, lambda net, i: vqvae_loss(
-        net, cut(speech, starts[i], args.crop), owners[i], args), len(starts), args.steps,
-        args.batch_size, args.lr)
+        net, cut(speech, starts[i], args.crop), owners[i], args.num_codes), len(starts),
+        args.steps, args.batch_size, args.lr)
     model.requires_grad_(False)                        # stage one is over
-    if run.world > 1:                                  # the norm's averages differ a little
-        for buffer in model.buffers():
-            dist.broadcast(buffer, 0)
     # Stage two: the codes, once, and the prior on them.
     codes, test_codes = (encode_all(model, part, args) for part in (train, test))
     if "prior" in args.experiments:
@@ -560,10 +547,10 @@ def prior_size(length):
     return 2 * cycle, cycle
 
 
-def vqvae_loss(net, x, speaker, args):
-    y = net(x, speaker)
-    return y.loss, {"bits_per_sample": y.nll.detach().mean() / x.shape[1] / math.log(2),
-                    "codes_used": count_codes(y.codes, args.num_codes)}
+def vqvae_loss(net, x, speaker, num_codes):
+    loss, nll, codes = net(x, speaker)
+    return loss, {"bits_per_sample": nll.detach().mean() / math.log(2),
+                  "codes_used": count_codes(codes, num_codes)}
 
 
 def prior_loss(net, codes):
@@ -580,6 +567,11 @@ def encode_all(model, speech, args):
                       for stream in speech.wave.split(speech.lengths) for x in stream.split(piece)])
 
 
+# ---------------------------------------------------------------------------------------------
+# Measurements
+# ---------------------------------------------------------------------------------------------
+
+
 def phone_table(codes, phones, num_codes, num_phones):
     """How often each code meets each phone: (K, phones). Experiment 4 maps a code to its largest
     entry, "the conditionally most likely phoneme"."""
@@ -593,11 +585,6 @@ def phone_accuracy(table, codes, phones):
     """Share of right phones, read off the codes, among those that have a label."""
     right = table.argmax(1)[codes.cpu()] == phones
     return right[phones != UNLABELLED].float().mean().item()
-
-
-def middle(phones, hop):
-    """The phone in the middle of each code's window: (..., S) -> (..., S / hop)."""
-    return phones[..., hop // 2::hop]
 
 
 def pitch(x, rate):
@@ -619,17 +606,20 @@ def report(run, model, prior, classifier, train, test, speakers, phones):
     """All measurements, sounds and pictures; train and test are (Speech, codes)."""
     args, S = run.args, len(speakers)
     generator = torch.Generator(run.device).manual_seed(args.seed)
-    clips, owners, asked = test_clips(test[0], args, run.device)
+    starts, owners = windows(test[0].lengths, args.clip, args.clip)    # clips, of all speakers
+    pick = torch.linspace(0, len(starts) - 1, min(args.test_clips, len(starts))).long()
+    starts, owners = starts[pick], owners[pick].to(run.device)
+    clips = cut(test[0].wave, starts, args.clip).to(run.device)        # (M, T)
     codes = model.encode(clips)
+    metrics = likelihoods(model, clips, codes, owners, S)
     counts = count_codes(test[1], args.num_codes)
-    metrics = {"codes_used": int((counts > 0).sum()), "num_codes": args.num_codes,
-               "perplexity": perplexity(counts).item(),
-               "unigram_bits_per_code": perplexity(counts).log2().item(),
-               **likelihoods(model, clips, codes, owners, S)}
+    metrics.update(codes_used=int((counts > 0).sum()), num_codes=args.num_codes,
+                   perplexity=perplexity(counts).item(),
+                   unigram_bits_per_code=perplexity(counts).log2().item())
     # Experiments 1 and 2: each clip drawn in its own voice, and in every other.
     convert = "conversion" in args.experiments and S > 1
     voices = torch.arange(S, device=run.device).repeat(len(clips), 1)
-    voices = voices if convert else owners[:, None]
+    voices = voices if convert else owners[:, None]                    # (M, V)
     V = voices.shape[1]
     drawn = draw(run, model, codes.repeat_interleave(V, 0), voices.flatten(), generator)
     drawn = drawn.view(len(clips), V, -1)
@@ -638,17 +628,13 @@ def report(run, model, prior, classifier, train, test, speakers, phones):
     if "prior" in args.experiments:
         metrics["prior_bits_per_code"] = babble(run, model, prior, test, speakers, generator)
     if "phonemes" in args.experiments and phones:
-        told, spoken = (middle(speech.phones, args.hop) for speech, _ in (train, test))
-        table = phone_table(train[1], told, args.num_codes, len(phones))
-        likeliest = torch.zeros_like(table).index_fill_(1, table.sum(0).argmax(), 1)
-        metrics["phone_accuracy"] = phone_accuracy(table, test[1], spoken)
-        metrics["phone_baseline"] = phone_accuracy(likeliest, test[1], spoken)
+        table, found = read_phones(run, train, test, phones)
+        metrics.update(found)
         if convert:
-            other = owners[:, None] != voices
+            asked = cut(test[0].phones, starts, args.clip)[:, args.hop // 2::args.hop]
             metrics["converted_phone_accuracy"] = phone_accuracy(
-                table, model.encode(drawn[other]), asked.repeat_interleave(S - 1, 0))
-        phone_picture(run.out / "phones.png", table, phones)
-
+                table, model.encode(drawn[owners[:, None] != voices]),
+                asked.repeat_interleave(S - 1, 0))
     rows = []
     for s in owners.unique()[:4].tolist():             # a clip of each speaker
         i = int((owners == s).nonzero()[0])
@@ -658,28 +644,6 @@ def report(run, model, prior, classifier, train, test, speakers, phones):
             rows[-1].append((f"decoded as {name}", f"{speakers[s]}_as_{name}", drawn[i, k]))
     sheet(run, "reconstructions", rows)
     finish(run, metrics)
-
-
-def test_clips(test, args, device):
-    """Clips (M, T), spread over the speakers; who speaks, (M,), and the phone at each code."""
-    starts, owners = windows(test.lengths, args.clip, args.clip)
-    pick = torch.linspace(0, len(starts) - 1, min(args.test_clips, len(starts))).long()
-    return (cut(test.wave, starts[pick], args.clip).to(device), owners[pick].to(device),
-            middle(cut(test.phones, starts[pick], args.clip), args.hop))
-
-
-def babble(run, model, prior, test, speakers, generator):
-    """Experiment 3: speech from nothing, and the prior's bits a code on test speech."""
-    args, N = run.args, run.args.clip // run.args.hop
-    sampled = prior.sample(min(len(speakers), 4), N, generator=generator)
-    voices = torch.arange(len(sampled), device=run.device)
-    sounds = draw(run, model, sampled, voices, generator)
-    sheet(run, "samples", [[(f"codes from the prior, voice {name}", f"sample_{name}", x)]
-                           for name, x in zip(speakers, sounds)])
-    starts, _ = windows([n // args.hop for n in test[0].lengths], N, N, run.device)
-    nats = [prior_loss(prior, part)[0] * len(part) / len(starts)
-            for part in cut(test[1], starts, N).split(64)]
-    return sum(nats).item() / math.log(2)
 
 
 def finish(run, metrics):
@@ -706,6 +670,30 @@ def likelihoods(model, clips, codes, owners, S):
     return found
 
 
+def read_phones(run, train, test, phones):
+    """Experiment 4: how codes and phones meet on training speech, accuracies on test speech."""
+    hop = run.args.hop                                 # a code stands for the phone in its middle
+    told, spoken = (speech.phones[hop // 2::hop] for speech, _ in (train, test))
+    table = phone_table(train[1], told, run.args.num_codes, len(phones))
+    likeliest = torch.zeros_like(table).index_fill_(1, table.sum(0).argmax(), 1)
+    phone_picture(run.out / "phones.png", table, phones)
+    return table, {"phone_accuracy": phone_accuracy(table, test[1], spoken),
+                   "phone_baseline": phone_accuracy(likeliest, test[1], spoken)}
+
+
+def babble(run, model, prior, test, speakers, generator):
+    """Experiment 3: speech from nothing, and the prior's bits a code on test speech."""
+    N = run.args.clip // run.args.hop
+    sampled = prior.sample(min(len(speakers), 4), N, generator=generator)
+    sounds = draw(run, model, sampled, torch.arange(len(sampled), device=run.device), generator)
+    sheet(run, "samples", [[(f"codes from the prior, voice {name}", f"sample_{name}", x)]
+                           for name, x in zip(speakers, sounds)])
+    starts, _ = windows([n // run.args.hop for n in test[0].lengths], N, N, run.device)
+    bits = [prior_loss(prior, piece)[1]["bits_per_code"] * len(piece)
+            for piece in cut(test[1], starts, N).split(64)]
+    return sum(bits).item() / len(starts)
+
+
 def draw(run, model, codes, speaker, generator, batch=256):
     """Sample speech for codes (B, N), 256 at a time: (B, T) uint8."""
     run.say(f"drawing {len(codes)} x {codes.shape[1] * run.args.hop} samples of speech")
@@ -722,11 +710,9 @@ def judge(classifier, clips, owners, drawn, speakers, rate):
     typical = torch.stack([real[owners == s].nanmedian() for s in range(S)])
     got = pitch(inverse_mu_law(drawn.flatten(0, 1)), rate).view(-1, S)
     off = 12 * (got / typical).log2().abs()            # semitones, from the voice asked for
-    off_before = 12 * (real[:, None] / typical).log2().abs()
     found = {"real_speaker_accuracy": classifier.accuracy(clips, owners),
              "converted_speaker_accuracy": classifier.accuracy(drawn[other], voices[other]),
-             "converted_pitch_error": off[other].nanmean().item(),
-             "unconverted_pitch_error": off_before[other].nanmean().item()}
+             "converted_pitch_error": off[other].nanmean().item()}
     for s, name in enumerate(speakers):
         found[f"pitch_{name}"] = typical[s].item()
         found[f"pitch_as_{name}"] = got[other[:, s], s].nanmedian().item()
@@ -736,13 +722,10 @@ def judge(classifier, clips, owners, drawn, speakers, rate):
 def sheet(run, name, rows):
     """Waveforms above spectrograms, as the paper's fig. 6, and each as a WAV file: rows of
     (title, file name, levels (T,))."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     rate, columns = run.args.sample_rate, len(rows[0])
-    figure, axes = plt.subplots(2 * len(rows), columns, figsize=(4.5 * columns, 3 * len(rows)),
-                                squeeze=False, height_ratios=[1, 2.4] * len(rows),
-                                layout="constrained")
+    figure = Figure((4.5 * columns, 3 * len(rows)), layout="constrained")
+    axes = figure.subplots(2 * len(rows), columns, squeeze=False,
+                           height_ratios=[1, 2.4] * len(rows))
     for i, row in enumerate(rows):
         for (title, file, levels), line, image in zip(row, axes[2 * i], axes[2 * i + 1]):
             x = inverse_mu_law(levels).cpu()
@@ -754,23 +737,19 @@ def sheet(run, name, rows):
                          vmin=-5, vmax=3.5, extent=(0, len(x) / rate, 0, rate / 2000))
             image.set(ylabel="kHz")
     figure.savefig(run.out / f"{name}.png", dpi=80)
-    plt.close(figure)
 
 
 def phone_picture(path, table, phones):
     """p(phone | code), the codes ordered by their most likely phone."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     table = table[table.sum(1) > 0]
     p = table / table.sum(1, keepdim=True)
     p = p[(p.argmax(1) - p.amax(1)).argsort()]
-    figure, axis = plt.subplots(figsize=(8, 1.5 + 0.22 * len(phones)), layout="constrained")
+    figure = Figure((8, 1.5 + 0.22 * len(phones)), layout="constrained")
+    axis = figure.subplots()
     axis.imshow(p.t(), aspect="auto", vmin=0, vmax=1)
     axis.set(yticks=range(len(phones)), yticklabels=phones, xlabel="code in use, sorted",
              title="p(phone | code) on training data")
     figure.savefig(path, dpi=100)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

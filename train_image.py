@@ -6,12 +6,14 @@
     torchrun --nproc_per_node=2 train_image.py     the same run over several processes
     python train_image.py --preset cifar10-small --model vae     bits/dim as in sec. 4.1, also for
                                                    vqvae and vimco; --preset cifar10 on a GPU
+    python train_image.py --resume --second-stage  27 bits an image: a second VQ-VAE, on the codes
 
 Stage one trains the VQ-VAE under a uniform prior. Then it is frozen, every image is encoded
 once, and a PixelCNN learns the distribution of the codes; codes drawn from it are decoded to
 images. --out (runs/image) receives reconstructions.png, samples.png, curves.png,
 metrics.json, log.csv, config.json and checkpoint.pt; README explains every number. The models
-that sec. 4.1 compares with, --model vae and vimco, have stage one only.
+that sec. 4.1 compares with, --model vae and vimco, have stage one only. --second-stage adds
+second_stage.png, the paper's figure 5.
 """
 
 import hashlib
@@ -31,19 +33,20 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from prior import PixelCNN
-from vqvae import (VAE, VIMCO, VQVAE, Categorical, Gaussian, Parser, Run, VectorQuantizer,
-                   VectorQuantizerEMA, bits_per_dim, count_codes, map_gap, perplexity, positive,
-                   stop, to_unit)
+from vqvae import (VAE, VIMCO, VQVAE, Categorical, Gaussian, GlobalVAE, GlobalVQVAE, Parser, Run,
+                   VectorQuantizer, VectorQuantizerEMA, bits_per_dim, count_codes, map_gap, mix,
+                   perplexity, positive, stop, to_unit)
 
 PRESETS = {
-    # 48 x 48 x 3 -> 12 x 12 codes of 9 bits: the 42.6-fold compression of sec. 4.2, for a laptop.
-    "demo": dict(warmup_steps=150, steps=700, prior_steps=800, batch_size=32, lr=1e-3,
-                 prior_lr=3e-3, lr_decay=0.5, hidden=64, res_hidden=32,
-                 prior_channels=64),
+    # 32 x 32 x 3 -> 8 x 8 codes of 9 bits: the 42.6-fold compression of sec. 4.2, for a laptop.
+    "demo": dict(warmup_steps=400, steps=1200, prior_steps=2500, batch_size=32,
+                 lr=1e-3, prior_lr=3e-3, lr_decay=0.5, hidden=64,
+                 res_hidden=32, prior_channels=64),
     # ImageNet 128 x 128 x 3 -> 32 x 32, K = 512. Widths, batch and rate from the authors' own
     # public notebook; the paper gives Adam 2e-4 and 250,000 steps for CIFAR-10 only.
     "paper": dict(warmup_steps=1000, steps=250_000, prior_steps=250_000, batch_size=128, lr=2e-4,
-                  prior_lr=2e-4, hidden=128, res_hidden=32, size=128, prior_channels=256),
+                  prior_lr=2e-4, hidden=128, res_hidden=32, size=128, prior_channels=256,
+                  second_steps=250_000),
     # Sec. 4.1. K and D are not public. 640 latents cost 1.04 bits/dim at K = 32, 1.46 at 128, 1.88
     # at 512, which pays while a bit of rate takes more than a bit off the distortion. The best
     # public figure, 4.82 (bshall/VectorQuantizedVAE: 8 codebooks, K = 128), is 1.17 + 3.65: K =
@@ -67,7 +70,7 @@ CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".
 # Demo data: one solid in a coloured room, seen from slightly above
 # ---------------------------------------------------------------------------------------------
 
-SOLIDS = ("sphere", "cylinder", "cone", "cube", "pyramid")
+SOLIDS = ("sphere", "cylinder", "cone", "cube", "octahedron")
 
 
 def demo_images(count, seed=0, size=64):
@@ -78,9 +81,9 @@ def demo_images(count, seed=0, size=64):
     # Six paints and six rooms: a prior trained for minutes must learn how colours go together.
     hue, room = rng.integers(6, size=count), rng.integers(6, size=count)
     scene = {"hue": hue / 6, "wall_hue": room / 6, "floor_hue": (room + 2) / 6,
-             "x": rng.uniform(-0.7, 0.7, count), "z": rng.uniform(-0.4, 0.4, count),
-             "scale": rng.uniform(1.3, 1.7, count), "turn": rng.uniform(0, np.pi / 2, count),
-             "light": rng.uniform(-1.0, 1.0, count)}
+             "x": rng.uniform(-0.7, 0.7, count), "z": rng.uniform(-0.3, 0.3, count),
+             "scale": rng.uniform(1.4, 1.7, count), "turn": rng.uniform(0, np.pi / 2, count),
+             "light": rng.choice((-0.8, 0.8), count)}
     images = np.empty((count, size, size, 3), np.uint8)
 
     def fill(part):  # images of one solid, few enough for the cache
@@ -120,7 +123,7 @@ def render(label, scene, size):
                       np.where((floor < wall)[..., None],
                                palette(s["floor_hue"], 0.45) * (0.82 + 0.18 * tiles[..., None]),
                                palette(s["wall_hue"], 0.45)))
-    light = np.stack(np.broadcast_arrays(s["light"], 1.3, -0.9), -1)
+    light = np.stack(np.broadcast_arrays(s["light"], np.float32(1.3), np.float32(-0.9)), -1)
     light = light / np.linalg.norm(light, axis=-1, keepdims=True)          # (n, 1, 3)
     lit = np.maximum((normal * light).sum(-1), 0)
     shade, _ = hit_solid(label, s, point + 1e-3 * normal, np.broadcast_to(light, view.shape))
@@ -149,9 +152,11 @@ def hit_solid(label, s, start, direction):
     p, d = ((a[..., 0] * c + a[..., 2] * o, a[..., 1] + 0 * c, a[..., 2] * c - a[..., 0] * o)
             for a in ((start - shift) / s["scale"][..., None], direction / s["scale"][..., None]))
     planes = [((0, 1, 0), 1.0), ((0, -1, 0), 0.0)]                         # 0 <= y <= 1
-    slope = {"cube": 0.0, "pyramid": 0.5}.get(SOLIDS[label])
-    if slope is not None:
-        planes += [((x, slope, z), 0.5) for x, z in ((1, 0), (-1, 0), (0, 1), (0, -1))]
+    if SOLIDS[label] == "cube":
+        planes += [((x, 0, z), 0.5) for x, z in ((1, 0), (-1, 0), (0, 1), (0, -1))]
+    if SOLIDS[label] == "octahedron":
+        planes = [((x, y, z), 0.5 + 0.5 * y) for x in (-0.7, 0.7) for y in (-1, 1)
+                  for z in (-0.7, 0.7)]
     near = np.full(d[0].shape, -np.inf, np.float32)
     far = -near
     normal = np.zeros((*d[0].shape, 3), np.float32)
@@ -162,7 +167,7 @@ def hit_solid(label, s, start, direction):
         near = np.where(enters, t, near)
         far = np.where(speed > 0, np.minimum(far, t), far)
         normal[enters] = (ax, ay, az)
-    quadric = {"sphere": (0.5, 1.0, 0.25), "cylinder": (0.0, 0.0, 0.2),
+    quadric = {"sphere": (0.5, 1.0, 0.25), "cylinder": (0.0, 0.0, 0.11),
                "cone": (1.0, -0.25, 0.0)}.get(SOLIDS[label])               # centre y, q, w
     if quadric:
         cy, q, w = quadric
@@ -188,23 +193,25 @@ def hit_solid(label, s, start, direction):
 
 
 class Data:
-    """Images as bytes: train and test (N, H, W, 3) uint8, labels (N,) int64 or None, classes."""
+    """Images as bytes: train and test (N, H, W, 3) uint8, labels (N,) int64 or None, classes.
+    Of the demo's scenes also what is in them: factors, {name: int64 of train and test}."""
 
-    def __init__(self, train, test, train_labels=None, test_labels=None, classes=()):
+    def __init__(self, train, test, train_labels=None, test_labels=None, classes=(), factors=None):
         self.train, self.test = torch.from_numpy(train), torch.from_numpy(test)
         self.train_labels, self.test_labels = (
             None if a is None else torch.from_numpy(np.asarray(a, np.int64))
             for a in (train_labels, test_labels))
         self.classes = list(classes)
+        self.factors = {k: torch.from_numpy(v) for k, v in (factors or {}).items()}
 
 
 def load_data(args):
     """--data: nothing, "cifar10", a folder of images, or an .npy / .npz file."""
     if args.data is None:
-        images, labels, _ = demo_images(args.demo_images + args.demo_images // 10, args.seed,
-                                        args.size or 32)
+        images, labels, factors = demo_images(args.demo_images + args.demo_images // 10,
+                                              args.seed, args.size or 32)
         k = args.demo_images
-        data = Data(images[:k], images[k:], labels[:k], labels[k:], SOLIDS)
+        data = Data(images[:k], images[k:], labels[:k], labels[k:], SOLIDS, factors)
         source = f"--size {args.size}"
     elif args.data == "cifar10":
         data, source = load_cifar10(Path(args.data_dir)), "--data cifar10"
@@ -406,11 +413,15 @@ def make_parser():
          "--batch-size)")
     flag("--prior-lr", type=positive(float), help="Adam's learning rate for the prior")
     flag("--prior-channels", type=positive(int), help="channels of the PixelCNN")
+    flag("--second-stage", action="store_true", help="after the prior: a second VQ-VAE that says "
+         "a whole image in three codes (sec. 4.2, figure 5), and a VAE for comparison")
+    flag("--second-steps", type=positive(int), default=1000, help="training steps of each of its "
+         "models (default %(default)s)")
     flag("--size", type=positive(int), help="crop all images to squares and scale them to "
          "SIZE x SIZE")
     flag("--classifier-steps", type=positive(int), default=800, help="training steps of the "
          "classifier that judges samples, where there are classes (default %(default)s)")
-    flag("--demo-images", type=positive(int), default=8000, help="training images of the demo")
+    flag("--demo-images", type=positive(int), default=16000, help="training images of the demo")
     return parser
 
 
@@ -421,6 +432,8 @@ def main():
         stop(f"--num-codes {args.num_codes}: a latent that has one value says nothing; at least 2")
     if args.model == "vimco" and args.samples < 2:
         stop("--samples 1: VIMCO judges each sample by the others, so it needs at least 2")
+    if args.second_stage and args.model != "vqvae":
+        stop(f"--second-stage works on the codes of --model vqvae; --model {args.model} has none")
     data = load_data(args)
     train, test = (x.permute(0, 3, 1, 2).to(run.device)                # (N, 3, H, W), in place
                    for x in (data.train, data.test))
@@ -450,12 +463,12 @@ def main():
             args.steps, args.batch_size, args.lr, evaluate)
     model.requires_grad_(False)                        # stage one is over
     if args.model == "vqvae":
-        stage_two(run, model, prior, classifier, data, train, test)
+        fit_prior(run, model, prior, classifier, data, train, test)
     else:
         finish(run, model, test, measure(model, test, None, args))
 
 
-def stage_two(run, model, prior, classifier, data, train, test):
+def fit_prior(run, model, prior, classifier, data, train, test):
     """The codes, once, and the prior on them."""
     args = run.args
     codes, test_codes = encode_all(model, train), encode_all(model, test)
@@ -475,6 +488,8 @@ def stage_two(run, model, prior, classifier, data, train, test):
         run.fit("classifier", classifier, lambda net, index: (
             F.cross_entropy(net(train[index]), labels[index]), {}), len(train),
             args.classifier_steps, args.batch_size, 2e-3)
+    if args.second_stage:
+        metrics.update(second_stage(run, model, codes, test_codes, test, data.factors))
     if run.rank == 0:
         report(run, model, prior, classifier, test, test_labels, data, metrics)
 
@@ -488,9 +503,12 @@ def make_model(args, variance):
     if args.model == "vimco":
         return VIMCO(likelihood, args.num_codes, args.num_codebooks, args.code_dim, args.samples,
                      args.vimco_prior, **widths)
+    return VQVAE(make_quantizer(args, args.num_codebooks), likelihood, **widths)
+
+
+def make_quantizer(args, num_codebooks):
     Quantizer = {"loss": VectorQuantizer, "ema": VectorQuantizerEMA}[args.codebook]
-    return VQVAE(Quantizer(args.num_codes, args.code_dim, args.beta,
-                           num_codebooks=args.num_codebooks), likelihood, **widths)
+    return Quantizer(args.num_codes, args.code_dim, args.beta, num_codebooks=num_codebooks)
 
 
 def model_loss(net, x, args):
@@ -551,11 +569,12 @@ def fitted_prior(metrics, images, codes, classes):
 
 
 @torch.no_grad()
-def bits_per_code(prior, codes, labels, batch=64):
-    """-log2 p(codes) / number of codes, under the fitted prior."""
-    labels = [None] * len(codes) if labels is None else labels.split(batch)
-    nats = sum(F.cross_entropy(prior(c, y), c, reduction="sum").item()
-               for c, y in zip(codes.split(batch), labels))
+def bits_per_code(prior, codes, labels=None, cond=None, batch=64):
+    """-log2 p(codes | labels, cond) / number of codes, under a fitted PixelCNN."""
+    labels, cond = ([None] * len(codes) if given is None else given.split(batch)
+                    for given in (labels, cond))
+    nats = sum(F.cross_entropy(prior(c, y, z), c, reduction="sum").item()
+               for c, y, z in zip(codes.split(batch), labels, cond))
     return nats / codes.numel() / math.log(2)
 
 
@@ -615,8 +634,8 @@ def finish(run, model, test, metrics):
     run.say(f"pictures and numbers are in {run.out}")
 
 
-def picture(path, images, title, columns=()):
-    """Save a grid of images (rows, columns, 3, H, W) uint8."""
+def picture(path, images, title, columns=(), names=()):
+    """Save a grid of images (rows, columns, 3, H, W) uint8; names of columns and of rows."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -627,11 +646,142 @@ def picture(path, images, title, columns=()):
                         layout="constrained")
     axis = figure.add_subplot(title=title)
     axis.imshow(sheet.cpu().numpy())
-    axis.set(yticks=[], xticks=[(k + 0.5) * (width + 2) for k in range(len(columns))])
-    axis.set_xticklabels(columns)
+    axis.set_xticks([(k + 0.5) * (width + 2) for k in range(len(columns))], columns)
+    axis.set_yticks([(k + 0.5) * (height + 2) for k in range(len(names))], names)
     axis.tick_params(length=0)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------
+# The second stage: a whole image in 27 bits (sec. 4.2, figure 5)
+# ---------------------------------------------------------------------------------------------
+
+LATENTS = 3  # "We use only three latent variables (each with K=512 and their own embedding space"
+
+
+def second_stage(run, model, codes, test_codes, test, factors):
+    """Train the second stage on the code maps of the first, draw figure 5 and return the numbers
+    that tell whether the latents are used."""
+    args, vectors = run.args, model.quantizer.lookup   # codes -> e_k, what the encoders take
+    vqvae, vae, alone = second_models(run, codes.shape[-2:])
+    fit_second(run, vqvae, vae, alone, codes, vectors)
+    three, test_three = (torch.cat([vqvae.encode(vectors(x)) for x in c.split(128)])
+                         for c in (codes, test_codes))                 # (N, 3, 1, 1)
+    # So that images come from nothing: p(k_1) p(k_2|k_1) p(k_3|k_1,k_2), a field of one position.
+    torch.manual_seed(mix(args.seed, "prior of three"))
+    prior = PixelCNN(args.num_codes, args.prior_channels, 1, num_codebooks=LATENTS)
+    run.fit("second-prior", prior, lambda net, index: prior_loss(net, three[index], None),
+            len(three), args.second_steps, args.prior_batch_size or args.batch_size, args.prior_lr)
+
+    torch.manual_seed(args.seed)                       # the VAE draws z
+    with torch.no_grad():
+        z = vqvae.quantizer.lookup(test_three)         # (N, 3 * D, 1, 1)
+        z_vae, kl = (torch.cat(a) for a in zip(*(vae.encode(vectors(x))
+                                                 for x in test_codes.split(128))))
+    if run.rank == 0:
+        figure_5(run, model, vqvae, vae, prior, test, z, z_vae)
+    used = count_codes(test_three, args.num_codes, LATENTS).view(LATENTS, -1).count_nonzero(1)
+    metrics = {f"second_codes_used_{g + 1}": n for g, n in enumerate(used.tolist())}
+    metrics.update(told("second", vqvae.decoder, test_codes, z))
+    metrics.update(told("second_vae", vae.decoder, test_codes, z_vae))
+    metrics.update({"second_bits_alone": bits_per_code(alone, test_codes),
+                    "second_vae_kl_bits": kl.mean().item() / math.log(2),
+                    "second_prior_bits": LATENTS * bits_per_code(prior, test_three)})
+    for name, values in factors.items():               # how much of the scene is in the 27 bits
+        known, asked = values.to(run.device).split([len(three), len(test_three)])
+        guess = read_out(three.flatten(1), known, test_three.flatten(1), args.num_codes)
+        metrics[f"second_read_{name}"] = (guess == asked).float().mean().item()
+        metrics[f"second_chance_{name}"] = asked.bincount().max().item() / len(asked)
+    return metrics
+
+
+def second_models(run, field):
+    """The second VQ-VAE; a VAE with as many numbers and the very same decoder; and that PixelCNN
+    alone, told nothing but the codes before."""
+    args, latent = run.args, LATENTS * run.args.code_dim
+    torch.manual_seed(mix(args.seed, "second stage"))  # the same start whatever was resumed
+
+    def pixelcnn(cond_channels=0):
+        return PixelCNN(args.num_codes, args.prior_channels, PixelCNN.layers_for(*field),
+                        cond_channels=cond_channels, num_codebooks=args.num_codebooks)
+
+    sizes = dict(in_channels=args.num_codebooks * args.code_dim, field=field, hidden=args.hidden,
+                 res_hidden=args.res_hidden)
+    return (GlobalVQVAE(make_quantizer(args, LATENTS), pixelcnn(latent), **sizes).to(run.device),
+            GlobalVAE(latent, pixelcnn(latent), **sizes).to(run.device), pixelcnn().to(run.device))
+
+
+def fit_second(run, vqvae, vae, alone, codes, vectors):
+    """As many steps for each of the three."""
+    args, steps = run.args, run.args.second_steps
+
+    def fit(stage, net, loss, steps):
+        run.fit(stage, net, lambda net, index: loss(net, codes[index]), len(codes), steps,
+                args.prior_batch_size or args.batch_size, args.prior_lr)
+
+    def loss(net, x):
+        y = net(x, vectors(x))
+        bits = y.nll.mean() / x[0].numel() / math.log(2)
+        if y.codes is None:
+            return y.loss, {"bits_per_code": bits, "kl_bits": y.rate.mean() / math.log(2)}
+        return y.loss, {"bits_per_code": bits,
+                        "codes_used": count_codes(y.codes, args.num_codes, LATENTS)}
+
+    # A warm-up as in the first stage, but half of all steps: codebooks that start before the
+    # encoder has learnt what the PixelCNN wants to know lose most of their codes.
+    vqvae.quantizer.requires_grad_(False)
+    fit("second-autoencoder", vqvae, lambda net, x: (
+        net(x, vectors(x), quantize=False).loss, {}), steps // 2)
+    vqvae.quantizer.requires_grad_(True)
+    # A batch has fewer maps than a codebook has codes, so the codebooks start at K maps' outputs.
+    share = min(len(codes), args.num_codes) // run.world
+    with torch.no_grad():
+        z_e = vqvae.encoder(vectors(codes[run.rank::run.world][:share]))
+    vqvae.quantizer.seed(vqvae.quantizer.to_vectors(z_e))
+    fit("second-vqvae", vqvae, loss, steps - steps // 2)
+    fit("second-vae", vae, loss, steps)
+    fit("second-alone", alone, lambda net, x: prior_loss(net, x, None), steps)
+
+
+def told(name, decoder, codes, z):
+    """Bits a code with an image's own z, and with that of another image."""
+    # Half the set away: neighbours may be frames of one clip, and nearly the same.
+    return {f"{name}_bits_own": bits_per_code(decoder, codes, cond=z),
+            f"{name}_bits_other": bits_per_code(decoder, codes, cond=z.roll(len(z) // 2, 0))}
+
+
+def read_out(three, values, test_three, num_codes):
+    """Guess a factor of the scene, `values` (N,) from 0 up, from the three codes (N, 3) of an
+    image: a guess for each of test_three. A table for each codebook tells how often code and value
+    met in training; they are combined as if independent given the value (naive Bayes).
+    """
+    score = values.bincount().log()                    # log p(value)
+    for g in range(three.shape[1]):
+        met = torch.ones(num_codes, score.shape[-1], device=values.device)     # add-one smoothing
+        met.index_put_((three[:, g], values), met.new_ones(()), accumulate=True)
+        score = score + (met / met.sum(0)).log()[test_three[:, g]]     # + log p(code|value)
+    return score.argmax(1)
+
+
+def figure_5(run, model, vqvae, vae, prior, test, z, z_vae):
+    """second_stage.png: images, and samples given what the global codes say of them."""
+    field, every = (test.shape[2] // 4, test.shape[3] // 4), max(1, len(test) // 8)
+    generator = torch.Generator(run.device).manual_seed(run.args.seed)
+    test, z, z_vae = (a[::every][:8] for a in (test, z, z_vae))
+
+    def sample(decoder, z):
+        return model.decode(decoder.sample(len(z), *field, cond=z, generator=generator))
+
+    bits = f"{LATENTS * math.log2(run.args.num_codes):.0f} bits"
+    rows = [test, *(sample(vqvae.decoder, z) for _ in range(4)), sample(vae.decoder, z_vae)]
+    for _ in range(2):
+        three = prior.sample(len(z), 1, 1, generator=generator)
+        rows.append(sample(vqvae.decoder, vqvae.quantizer.lookup(three)))
+    picture(run.out / "second_stage.png", torch.stack(rows), f"test images, and samples given the "
+            f"{bits} that a second VQ-VAE keeps of each",
+            names=["test image", f"its {bits}", "again", "again", "again", "VAE, its z",
+                   f"new {bits}", "new"])
 
 
 if __name__ == "__main__":

@@ -49,9 +49,9 @@ GIVEN, GENERATED = 6, 10                               # frames of a roll-out, a
 FACTOR = 4                                             # pixels a code, each way
 
 PRESETS = {
-    # 48 x 48 x 3 -> 12 x 12 codes, for a laptop.
-    "demo": dict(warmup_steps=100, steps=1000, prior_steps=1500, batch_size=32,
-                 prior_batch_size=6, lr=1e-3, prior_lr=2e-3, lr_decay=0.5, num_codes=256,
+    # 32 x 32 x 3 -> 8 x 8 codes, for a laptop.
+    "demo": dict(warmup_steps=100, steps=1000, prior_steps=2000, batch_size=32,
+                 prior_batch_size=4, lr=1e-3, prior_lr=3e-3, lr_decay=0.5, num_codes=128,
                  code_dim=32, hidden=48, res_hidden=32, prior_channels=32, prior_layers=2),
     # DeepMind Lab, 84 x 84 x 3 -> 21 x 21, K = 512. The paper gives no more: Adam's rate and the
     # number of steps are those of its CIFAR-10 experiment.
@@ -67,18 +67,21 @@ PRESETS = {
 ACTIONS = ("forward", "left", "right")
 STEP, TURN = 0.25, 10             # a step in widths of a corridor, a turn in degrees
 RADIUS = 0.3                      # nearer than this the walker does not come to a wall
-VIEW = 0.65                       # tangent of half the field of view
+VIEW = np.deg2rad(40)             # half the field of view, to the sides
 EYE, WALL = 0.6, 1.2              # height of the eye and of the walls
 
 
 class World:
     """Some mazes, and a camera that walks in them. All is known: any future can be rendered.
 
+    The camera's columns are equal angles, as on a panorama: of 32 columns for 80 degrees a turn
+    moves the whole picture by 4, which is one code.
+
     A pose is (maze, x, y, turns): the maze's number, the place on its grid, and the heading in
     turns of TURN degrees to the left; poses are arrays (n, 4), moved and rendered together.
     """
 
-    def __init__(self, count=3, seed=0, size=9):
+    def __init__(self, count=3, seed=0, size=7):
         rng = np.random.default_rng(seed)
         self.wall = np.stack([dig(size, rng) for _ in range(count)])      # (count, size, size)
         self.color = palette(rng.integers(6, size=self.wall.shape) / 6, 0.65)
@@ -130,10 +133,9 @@ class World:
         """Two rays a pixel each way, averaged: smooth edges."""
         maze = pose[:, 0].astype(int)
         x, y, angle = (pose[:, i, None].astype(np.float32) for i in (1, 2, 3))
-        angle = np.deg2rad(angle * TURN)
-        across = ((np.arange(2 * size, dtype=np.float32) + 0.5) / size - 1) * VIEW
-        dx = np.cos(angle) + across * np.sin(angle)    # (n, columns); 1 along the line of sight
-        dy = np.sin(angle) - across * np.cos(angle)
+        across = ((np.arange(2 * size, dtype=np.float32) + 0.5) / size - 1) * np.float32(VIEW)
+        angle = np.deg2rad(angle * TURN) - across      # (n, columns)
+        dx, dy = np.cos(angle), np.sin(angle)
         depth, through_y, i, j = self.cast(maze, x, y, dx, dy)
         along = np.where(through_y, x + depth * dx, y + depth * dy) % 1
         color = self.color[maze[:, None], i, j] * np.where(through_y, 0.8, 1)[..., None]
@@ -146,10 +148,7 @@ class World:
         texel = PATTERNS[self.pattern[maze[:, None], i, j][:, None],
                          (height.clip(0, 0.99) * 16).astype(np.int8),
                          (along * 16).astype(np.int8)[:, None]]
-        tile = (np.floor(x[:, None] + depth * dx[:, None]) +
-                np.floor(y[:, None] + depth * dy[:, None])) % 2
-        tone = np.where(wall, texel, np.where(up < 0, 1 - np.float32(0.25) * tile, 1))
-        tone *= np.exp(depth * np.float32(-0.2))       # it gets dark far away
+        tone = np.where(wall, texel, 1) * np.exp(depth * np.float32(-0.2))   # far away is dark
         image = np.where(wall[..., None], color[:, None].astype(np.float32), np.where(
             up[..., None] < 0, self.floor[maze, None, None], self.ceiling[maze, None, None]))
         image *= tone[..., None]                       # (n, rows, columns, 3)
@@ -203,17 +202,13 @@ def palette(hue, saturation):
     return (1 - saturation * (1 - wave)).astype(np.float32)
 
 
-def patterns():
-    """Brightness of the walls' textures, (pattern, height, along): a band, stripes, a picture."""
-    height, along = np.meshgrid(*[(np.arange(16) + 0.5) / 16] * 2, indexing="ij")
-    frame = (abs(height - 0.5) < 0.25) & (abs(along - 0.5) < 0.3)
-    return np.where([height < 0.5, along * 2 % 1 < 0.5, frame], 0.6, 1).astype(np.float32)
+# Brightness of the walls' textures, (pattern, height, along): a band, a stripe, a picture.
+height, along = np.meshgrid(*[(np.arange(16) + 0.5) / 16] * 2, indexing="ij")
+PATTERNS = np.where([height < 0.5, along < 0.5, (abs(height - 0.5) < 0.25) &
+                     (abs(along - 0.5) < 0.3)], 0.6, 1).astype(np.float32)
 
 
-PATTERNS = patterns()
-
-
-def demo_clips(world, count, length, size=48, seed=0):
+def demo_clips(world, count, length, size=32, seed=0):
     """Random walks: frames (count, length, size, size, 3) uint8, actions (count, length) int64,
     poses (count, length, 4). The walker likes to go on with what it does, and turns at walls."""
     rng = np.random.default_rng(seed)
@@ -237,8 +232,8 @@ def demo_clips(world, count, length, size=48, seed=0):
 
 
 class Data:
-    """Clips as bytes: train and test (N, T, 3, H, W), actions (N, T-1), what the actions are
-    called, and for the demo its world and the poses of the test clips."""
+    """Clips as bytes: train and test (N, T, 3, H, W), actions (N, T-1), the actions' names, and
+    for the demo its world and the poses of the test clips."""
 
     def __init__(self, train, test, train_actions, test_actions, names, world=None, poses=None):
         self.train, self.test = (torch.from_numpy(a).permute(0, 1, 4, 2, 3) for a in (train, test))
@@ -278,14 +273,12 @@ def load_clips(path):
     if frames is None or actions is None:
         stop(f"--data {path}: needs two arrays, `frames` and `actions`")
     if frames.ndim != 5 or frames.shape[-1] != 3:
-        stop(f"--data {path}: frames are {frames.shape}, must be (clips, frames, height, width, "
-             "3): in colour")
+        stop(f"--data {path}: frames {frames.shape}, must be (N, T, H, W, 3): in colour")
     if frames.dtype != np.uint8:
         stop(f"--data {path}: frames are {frames.dtype}, must be uint8 (0 .. 255)")
     N, T, H, W, _ = frames.shape
     if T < GIVEN + GENERATED:
-        stop(f"--data {path}: clips of {T} frames; at least {GIVEN + GENERATED} are needed, "
-             f"{GIVEN} to be given and {GENERATED} to be generated")
+        stop(f"--data {path}: clips of {T} frames; at least {GIVEN} + {GENERATED} are needed")
     if N < 10:
         stop(f"--data {path}: {N} clips; at least 10 are needed, every tenth is held out")
     if H % FACTOR or W % FACTOR or min(H, W) < 4 * FACTOR:
@@ -343,15 +336,12 @@ def main():
                   hidden=args.hidden, res_hidden=args.res_hidden).to(run.device)
     prior = VideoPrior(args.num_codes, 0 if args.no_actions else len(data.names),
                        args.prior_channels, args.prior_layers, context=GIVEN).to(run.device)
-    run.say(f"{len(train)} training and {len(test)} test clips of {train.shape[1]} frames of "
-            f"{train.shape[3]} x {train.shape[4]}, {train.shape[3] // FACTOR} x "
-            f"{train.shape[4] // FACTOR} codes a frame; "
-            f"{sum(p.numel() for p in model.parameters()):,} weights in the VQ-VAE, "
-            f"{sum(p.numel() for p in prior.parameters()):,} in the prior")
+    weights = [sum(p.numel() for p in net.parameters()) for net in (model, prior)]
+    run.say("{} clips of {} frames of {}x{}x{} for training, {} for testing; ".format(
+        *train.shape, len(test)) + "weights: VQ-VAE {:,}, prior {:,}".format(*weights))
 
     # Stage one: the VQ-VAE of single frames. The codebook starts at encoder outputs; those of a
-    # random encoder are no good place, so it learns for a moment without a codebook: 249 of 256
-    # codes in use after 400 steps, against 62 after 600.
+    # random encoder are no good place, so it learns for a moment without a codebook.
     frames = train.flatten(0, 1)                       # (N*T, 3, H, W)
     model.quantizer.requires_grad_(False)
     run.fit("autoencoder", model, lambda net, index: (net(frames[index], quantize=False).loss, {}),
@@ -418,8 +408,7 @@ def measure(model, prior, data, test, codes, args):
                                                         math.log2(args.num_codes))}
     if args.no_actions:
         return {**metrics, "bits_per_code": bits_per_code(prior, codes, None)}
-    # Shuffled: each clip gets the actions of the one before.
-    actions = data.test_actions.to(codes.device)
+    actions = data.test_actions.to(codes.device)       # shuffled: those of the clip before
     return {**metrics, "bits_per_code": bits_per_code(prior, codes, actions),
             "bits_per_code_shuffled_actions": bits_per_code(prior, codes, actions.roll(1, 0)),
             "bits_per_code_without_actions": bits_per_code(prior, codes, None)}
@@ -449,10 +438,8 @@ def edges(frames):
 
 
 def roll_out(model, prior, codes, actions, frames, args, seed, batch=50):
-    """Imagine `frames` more frames of each clip: codes (N, T, h, w) -> (N, frames, 3, H, W).
-
-    actions (N, T + frames - 1). All codes come first; the pictures are decoded after that.
-    """
+    """Codes (N, T, h, w), actions (N, T + frames - 1) -> `frames` more frames of each clip,
+    (N, frames, 3, H, W). All codes come first; the pictures are decoded after that."""
     generator = torch.Generator(codes.device).manual_seed(seed)
     imagined = [prior.sample(codes[i:i + batch], None if args.no_actions else actions[i:i + batch],
                              frames, args.temperature, generator)
@@ -466,14 +453,13 @@ def compare(frames, truth, reconstruction, last):
     # at every step the picture is another than the last given one.
     error = (truth.float() - last.float()).square().mean((2, 3, 4))
     moving = (error > 255 ** 2 / 10 ** 3).all(1)       # below 30 dB
-    moving = moving if moving.any() else torch.ones_like(moving)
+    moving = moving | ~moving.any()                    # all of them, if none is
     ratio = edges(frames) / edges(reconstruction)
     return {"moving_clips": moving.float().mean().item(),
             "psnr_generated": psnr(frames[moving], truth[moving]),
             "psnr_copy_last": psnr(last[moving], truth[moving]),
             "psnr_reconstruction": psnr(reconstruction[moving], truth[moving]),
-            "sharpness": ratio.tolist(), "sharpness_first": ratio[0].item(),
-            "sharpness_last": ratio[-1].item()}
+            "sharpness": ratio.tolist(), "sharpness_last_to_first": (ratio[-1] / ratio[0]).item()}
 
 
 def action_accuracy(imagined, truths):
@@ -500,15 +486,22 @@ def speed(prior, codes, actions):
     return rates
 
 
+def pieces(x, most=100):
+    """Clips (N, T, ...), cut to the length of a roll-out: (n, GIVEN + GENERATED, ...)."""
+    length = GIVEN + GENERATED
+    return x[:, :x.shape[1] // length * length].unflatten(1, (-1, length)).flatten(0, 1)[:most]
+
+
 def report(run, model, prior, data, test, codes):
     """Measurements, roll-outs, pictures and metrics.json."""
-    args, device, N = run.args, run.device, min(100, len(test))
+    args, device = run.args, run.device
     metrics = measure(model, prior, data, test, codes, args)
-    test, codes, actions = test[:N, :GIVEN + GENERATED], codes[:N], data.test_actions[:N].to(device)
-    given, actions = codes[:, :GIVEN], actions[:, :GIVEN + GENERATED - 1]
-    run.say(f"imagining {GENERATED} frames of {N} clips")
+    test, codes = pieces(test), pieces(codes)
+    actions = pieces(F.pad(data.test_actions, (0, 1)))[:, :-1].to(device)
+    given = codes[:, :GIVEN]
+    run.say(f"imagining {GENERATED} frames of {len(test)} clips")
     recorded = roll_out(model, prior, given, actions, GENERATED, args, args.seed)
-    decoded = decode_all(model, codes[:, :GIVEN + GENERATED])
+    decoded = decode_all(model, codes)
     metrics |= compare(recorded, test[:, GIVEN:], decoded[:, GIVEN:], test[:, GIVEN - 1:GIVEN])
     # Rows of the picture: what is given and imagined, and below it what really happens.
     rows = [("recorded actions", recorded, test[:, GIVEN:])]
@@ -530,8 +523,7 @@ def report(run, model, prior, data, test, codes):
     fig7(run.out / "rollout.png", test[:, :GIVEN], rows)
     animate(run.out / "rollout.gif", test[:, :GIVEN], rows)
     picture(run.out / "reconstructions.png", torch.stack([test[:8, -1], decoded[:8, -1]]),
-            f"test frames, and below each its reconstruction from its codes "
-            f"({metrics['compression']:.1f} times fewer bits)", [])
+            f"test frames; below, from {metrics['compression']:.1f} times fewer bits")
     for name, value in metrics.items():
         value = value if isinstance(value, list) else [value]
         run.say(f"{name:32} {' '.join(f'{v:.4g}' for v in value)}")
@@ -542,13 +534,12 @@ def long_roll_out(run, model, prior, data, given, actions, clips=4, frames=100, 
     """rollout_long.png: 100 frames imagined from GIVEN real ones, for the recorded actions of
     clip after clip. Returns the sharpness of the last ten against that of the first ten."""
     clips = min(clips, len(given))
-    later = actions.flatten().repeat(-(-clips * frames // actions.numel()) + 1)
-    later = later[:clips * frames].view(clips, frames)
+    later = actions.flatten().repeat(clips * frames)[:clips * frames].view(clips, frames)
     plan = torch.cat([actions[:clips, :GIVEN - 1], later], 1)
     imagined = roll_out(model, prior, given[:clips], plan, frames, run.args, run.args.seed)
-    rows, truth = [], None if run.args.no_actions else data.truth(later.cpu())
-    for n in range(clips):
-        rows += [x[n, every - 1::every].cpu() for x in (imagined, truth) if x is not None]
+    truth = None if run.args.no_actions else data.truth(later.cpu())
+    rows = [x[n, every - 1::every].cpu() for n in range(clips) for x in (imagined, truth)
+            if x is not None]
     picture(run.out / "rollout_long.png", torch.stack(rows), f"{frames} frames imagined from "
             f"{GIVEN} given ones, every {every}th shown" + ("; below each row the truth" if
             truth is not None else ""), range(every, frames + 1, every))
@@ -586,7 +577,7 @@ def animate(path, given, rows, clips=4, scale=2):
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=250, loop=0)
 
 
-def picture(path, images, title, columns, labels=()):
+def picture(path, images, title, columns=(), labels=()):
     """Save a grid of images (rows, columns, 3, H, W) uint8, with the names of columns and rows."""
     import matplotlib
     matplotlib.use("Agg")

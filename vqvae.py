@@ -7,7 +7,8 @@ Read this file beside the paper, top to bottom:
     3. p(x|z)             the data term of eq. 3
     4. The VQ-VAE         sec. 3; its likelihood in bits per dimension, sec. 3.2
     5. VAE and VIMCO      what sec. 4.1 compares it with
-    6. Running an experiment: training loop, checkpoints, several processes. No VQ-VAE in there.
+    6. A VQ-VAE on codes  sec. 4.2, second stage: a whole image in 27 bits
+    7. Running an experiment: training loop, checkpoints, several processes. No VQ-VAE in there.
 
 The paper's symbols, used in every file:
 
@@ -142,21 +143,31 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def seed(self, z):
-        """Start every codebook at K of the vectors z (G, N, D), drawn without replacement."""
+        """Start every codebook at K of the vectors z (G, N, D), chosen as k-means++ chooses its
+        means: each next one with a probability proportional to its squared distance from the
+        nearest one chosen before (Arthur and Vassilvitskii, 2007).
+
+        Chosen evenly, most would lie side by side where most latents are (the sky, a wall), and
+        all but a few of those would never be nearest to anything.
+        """
         if dist.is_available() and dist.is_initialized():  # from the joint batch of all processes
             parts = [torch.empty_like(z) for _ in range(dist.get_world_size())]
             dist.all_gather(parts, z.contiguous())
             z = torch.cat(parts, 1)
         # A generator of its own: the same rows in every process, and the global one is not moved.
-        shuffle = torch.randperm(z.shape[1], generator=torch.Generator().manual_seed(0))
-        pick = shuffle.repeat(-(-self.num_codes // len(shuffle)))[:self.num_codes].to(z.device)
-        start = z[:, pick]                             # (G, K, D)
-        # Fewer vectors than codes: copies would tie for ever, so each second one moves a little.
-        spread = z.std(1, keepdim=True) if z.shape[1] > 1 else torch.ones_like(z)
-        jitter = torch.randn(start.shape, generator=torch.Generator().manual_seed(1))
-        jitter[:, :len(shuffle)] = 0
-        start = start + 0.1 * spread * jitter.to(start)
-        self.codebook.copy_(start.flatten(0, 1))
+        generator, K = torch.Generator().manual_seed(0), self.num_codes
+        z = z[:, torch.randperm(z.shape[1], generator=generator)[:2 ** 15].to(z.device)]
+        if z.shape[1] < K:  # add copies, moved a little: equal codes would tie for ever
+            spread = z.std(1, keepdim=True) if z.shape[1] > 1 else torch.ones_like(z)
+            copies = z.repeat(1, K // z.shape[1], 1)
+            noise = torch.randn(copies.shape, generator=generator).to(z)
+            z = torch.cat([z, copies + 0.1 * spread * noise], 1)
+        e, distance = [z[:, :1]], torch.full_like(z[..., 0], math.inf)         # (G, N)
+        while len(e) < K:
+            distance = torch.minimum(distance, (z - e[-1]).square().sum(2).clamp(min=1e-30))
+            pick = torch.multinomial(distance.cpu(), 1, generator=generator).to(z.device)
+            e.append(z.take_along_dim(pick.unsqueeze(2), 1))                   # (G, 1, D)
+        self.codebook.copy_(torch.cat(e, 1).flatten(0, 1))
         self.seeded = True
 
     def lookup(self, codes):
@@ -636,7 +647,97 @@ def vimco(log_f, log_q):
 
 
 # ---------------------------------------------------------------------------------------------
-# 6. Running an experiment. What train_image.py, train_audio.py and train_video.py share: flags,
+# 6. A VQ-VAE on the codes of a VQ-VAE: a whole image in three codes (sec. 4.2, figure 5)
+# ---------------------------------------------------------------------------------------------
+
+
+class GlobalEncoder(nn.Sequential):
+    """Vectors of a code map e (B, in_channels, h, w) -> (B, out_channels, 1, 1): the whole map.
+
+    field: (h, w), any; the paper has 21 x 21. The map is halved until its shorter side is less
+    than 8; then one window takes in all that is left.
+    """
+
+    def __init__(self, in_channels, field, hidden, res_hidden, out_channels):
+        halvings = max(0, min(field).bit_length() - 3)
+        left = [side >> halvings for side in field]    # 21 -> 10 -> 5
+        super().__init__(
+            Encoder(in_channels, hidden, res_hidden, hidden, (1,) + (2,) * halvings),
+            nn.ReLU(inplace=True), nn.Conv2d(hidden, out_channels, left))
+
+
+class GlobalVQVAE(nn.Module):
+    """The second stage: its data are code maps of the first, (B, h, w) int64.
+
+    "We use only three latent variables (each with K=512 and their own embedding space e)":
+    quantizer has three codebooks, and they are all that the decoder is told about the map.
+
+    decoder(codes, cond=z_q) -> logits (B, K, h, w), autoregressive: a PixelCNN. Such a decoder
+    can do without z. Its likelihood takes the place of the first stage's pixels in eq. 3.
+
+    The encoder takes e = lookup(codes) of the first stage: codes that mean nearly the same are
+    near each other there, which a new embedding would have to learn from the few maps there are.
+    """
+
+    def __init__(self, quantizer, decoder, in_channels, field, hidden=256, res_hidden=256):
+        super().__init__()
+        latent = quantizer.num_codebooks * quantizer.code_dim
+        self.encoder = GlobalEncoder(in_channels, field, hidden, res_hidden, latent)
+        self.quantizer = quantizer
+        self.decoder = decoder
+
+    def forward(self, codes, e, quantize=True):
+        """codes (B, h, w), e (B, in_channels, h, w); quantize=False for the warm-up."""
+        z_e = self.encoder(e)                          # (B, 3 * D, 1, 1)
+        q = self.quantizer(z_e) if quantize else Quantized(z_e, None, 0.0)
+        out, nll = code_nll(self.decoder, codes, q.z_q)
+        # Eq. 3 literally: the sum over all that is modelled, here the codes of the map, and the
+        # average over the N = 3 latents. With a mean over the map, the little that three latents
+        # add to what a PixelCNN knows weighs less than the commitment, and they tell less.
+        loss = nll.mean() + q.loss
+        latents, K = self.quantizer.num_codebooks, self.quantizer.num_codes
+        return Output(loss, nll, torch.full_like(nll, latents * math.log(K)), out, q.codes)
+
+    @torch.no_grad()
+    def encode(self, e):
+        """e (B, in_channels, h, w) -> the global code (B, 3, 1, 1)."""
+        return self.quantizer(self.encoder(e)).codes
+
+
+class GlobalVAE(nn.Module):
+    """The same with a Gaussian z of `latents` numbers: what "this setup typically breaks".
+
+    The bound is -log p(codes|z) + KL(q(z|codes) || p(z)). z pays its KL for everything it tells,
+    and a PixelCNN that has seen the first few codes knows most of it for nothing: it is cheaper
+    to leave z alone, with q(z|x) = p(z) and KL 0, "posterior collapse". The VQ-VAE's rate is a
+    constant; being silent saves it nothing.
+    """
+
+    def __init__(self, latents, decoder, in_channels, field, hidden=256, res_hidden=256):
+        super().__init__()
+        self.encoder = GlobalEncoder(in_channels, field, hidden, res_hidden, 2 * latents)
+        self.decoder = decoder
+
+    def forward(self, codes, e):
+        z, rate = self.encode(e)
+        out, nll = code_nll(self.decoder, codes, z)
+        return Output((nll + rate).mean(), nll, rate, out, None)
+
+    def encode(self, e):
+        """e (B, in_channels, h, w) -> z ~ q(z|e) (B, latents, 1, 1), and its KL in nats (B,)."""
+        mean, log_var = self.encoder(e).float().chunk(2, 1)
+        z = mean + (0.5 * log_var).exp() * torch.randn_like(mean)
+        return z, gaussian_kl(mean, log_var).flatten(1).sum(1)
+
+
+def code_nll(decoder, codes, z):
+    """Logits (B, K, h, w), and -log p(codes|z) in nats (B,)."""
+    out = decoder(codes, cond=z)
+    return out, F.cross_entropy(out, codes, reduction="none").flatten(1).sum(1)
+
+
+# ---------------------------------------------------------------------------------------------
+# 7. Running an experiment. What train_image.py, train_audio.py and train_video.py share: flags,
 #    the training loop, checkpoints, several processes. The paper ends above this line.
 # ---------------------------------------------------------------------------------------------
 
@@ -788,7 +889,8 @@ class Run:
                     continue
                 if bad >= 0:
                     stop(f"the loss of stage {stage} is not finite at step {int(bad)}: try a "
-                         f"lower --lr; a checkpoint written before is kept, --resume goes on from it")
+                         f"lower --lr; a checkpoint written before is kept, --resume goes on "
+                         "from it")
                 row = {"stage": stage, "step": done, "seconds": round(self.seconds, 1)}
                 row.update({name: (x > 0).sum().item() if x.ndim else x.item() / since
                             for name, x in sums.items()})

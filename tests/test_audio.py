@@ -7,6 +7,7 @@ import subprocess
 import sys
 import wave
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,8 +17,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import train_audio as audio  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
-TINY = ("--steps 3 --prior-steps 3 --batch-size 4 --clip 2048 --crop 512 --test-clips 2 "
-        "--channels 4 --skip-channels 4 --layers 3 --cycle 3 --hidden 4 --prior-channels 4 "
+TINY = ("--steps 3 --prior-steps 3 --batch-size 4 --clip 2048 --crop 512 "
+        "--test-clips 2 --channels 4 --skip-channels 4 --layers 3 --cycle 3 --hidden 4 "
+        "--prior-channels 4 "
         "--demo-utterances 40 --num-codes 8 --code-dim 4 --strides 2,2,2,2,2,2 "
         "--device cpu").split()
 
@@ -187,6 +189,42 @@ def test_phone_map_takes_the_likeliest_phone_and_skips_what_has_no_label():
     assert audio.phone_accuracy(table, codes, phones) == pytest.approx(3 / 4)
 
 
+def test_conversions_are_judged_by_the_voice_asked_for():
+    waves, who, _ = audio.demo_speech(8, seed=1, seconds=1.0)
+    clips, who = audio.mu_law(torch.from_numpy(waves)), torch.from_numpy(who)
+    wanted = torch.tensor([v[0] for v in audio.VOICES.values()])
+
+    def accuracy(x, speaker):                          # in place of the classifier: by pitch
+        heard = audio.pitch(audio.inverse_mu_law(x), 8000)
+        nearest = (heard[:, None] / wanted).log2().abs().argmin(1)
+        return (nearest == speaker).float().mean().item()
+
+    def judge(drawn):
+        return audio.judge(SimpleNamespace(accuracy=accuracy), clips[:4], who[:4], drawn,
+                           list(audio.VOICES), 8000)
+
+    perfect = judge(clips[4:].expand(4, 4, -1))        # each one speaks the voice asked for
+    assert perfect["real_speaker_accuracy"] == perfect["converted_speaker_accuracy"] == 1
+    assert perfect["converted_pitch_error"] < 1
+    none = judge(clips[:4, None].expand(4, 4, -1))     # nothing was converted
+    assert none["converted_speaker_accuracy"] == 0 and none["converted_pitch_error"] > 4
+    assert none["pitch_soprano"] > 200 > none["pitch_as_soprano"]
+
+
+def test_the_end_of_every_speaker_is_held_out(tmp_path):
+    data = speakers(tmp_path / "data", files=12)
+    args = audio.make_parser().parse_args([*TINY, "--data", str(data), "--sample-rate", "8000"])
+    args.hop = 64
+    train, test, names, phones = audio.load_data(args, SimpleNamespace(say=print))
+    assert names == ["ann", "bob"] and phones == []
+    assert train.lengths == [86_400 // 64 * 64] * 2 and test.lengths == [9600] * 2
+    folder, _ = audio.read_folder(data, args, SimpleNamespace(say=print))
+    for k, name in enumerate(names):
+        whole = folder[name][0]
+        assert torch.equal(train.wave.split(train.lengths)[k], whole[:train.lengths[k]])
+        assert torch.equal(test.wave.split(test.lengths)[k], whole[-9600:])
+
+
 def test_prior_sees_the_whole_chunk():
     for length in (2, 64, 125, 320, 640):
         layers, cycle = audio.prior_size(length)
@@ -204,7 +242,7 @@ def test_labels_in_both_forms(tmp_path):
 # -- the model ------------------------------------------------------------------------------------
 
 
-def tiny_model(codebook):
+def tiny_model(codebook="loss"):
     args = audio.make_parser().parse_args([*TINY, "--codebook", codebook, "--channels", "16",
                                            "--skip-channels", "16"])
     torch.manual_seed(0)
@@ -228,20 +266,31 @@ def test_codes_idle_for_long_move_onto_encoder_outputs_and_others_stay(codebook)
 
 def test_model_learns_through_codes_and_speaker():
     """Every parameter gets a gradient; another speaker and other codes change p(x|z, s)."""
-    model = tiny_model("loss").train()
+    model = tiny_model().train()
     x = torch.randint(256, (4, 512), dtype=torch.uint8)
-    y = model(x, torch.tensor([0, 1, 2, 0]))
-    assert y.codes.shape == (4, 8) and y.out.shape == (4, 256, 512) and y.nll.shape == (4,)
-    y.loss.backward()
+    loss, nll, codes = model(x, torch.tensor([0, 1, 2, 0]))
+    assert codes.shape == (4, 8) and nll.shape == (4, 512)
+    loss.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
     model.eval()
     codes, who = model.encode(x), torch.zeros(4, dtype=torch.long)
     bits = model.bits(x, codes, who)
     assert not torch.equal(bits, model.bits(x, codes, who + 1))
     assert not torch.equal(bits, model.bits(x, (codes + 1) % 8, who))
-    # eq. 3, term 1, by hand: the sum over samples of -log p, in nats.
-    nats = -y.out.log_softmax(1).gather(1, x.long()[:, None]).sum((1, 2))
-    assert torch.allclose(y.nll, nats, rtol=1e-4)
+
+
+def test_loss_is_eq_3_for_each_latent():
+    model = tiny_model()
+    x, who = torch.randint(256, (2, 512), dtype=torch.uint8), torch.tensor([1, 2])
+    model(x, who)                                      # starts the codebook
+    loss, nll, codes = model(x, who)
+    z_e = model.encoder(x[:, None] / 255 - 0.5)
+    z_q = model.quantizer.lookup(codes)
+    logits = model.decoder(x.long(), model.context(z_q), who)
+    nats = -logits.log_softmax(1).gather(1, x.long()[:, None])[:, 0]
+    assert torch.allclose(nll, nats, rtol=1e-4)
+    squares = (z_e - z_q).square().sum(1).mean()       # of the norm, over all 2 * 8 latents
+    assert loss.item() == pytest.approx((nats.sum() / 16 + 1.25 * squares).item(), rel=1e-4)
 
 
 # -- the script -----------------------------------------------------------------------------------

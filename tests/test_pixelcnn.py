@@ -77,6 +77,14 @@ def test_label_changes_the_distribution_of_every_code():
     assert (one - two).abs().amax(1).gt(1e-6).all(), "the label must reach every position"
 
 
+def test_every_position_knows_where_it_is():
+    cnn = PixelCNN(5, 8, 1).double()                   # sees 3 rows and columns: no edge from here
+    logits = cnn(torch.zeros(1, 12, 12, dtype=torch.long))
+    for i, j in ((5, 6), (6, 5)):
+        assert not torch.allclose(logits[..., 5, 5], logits[..., i, j]), (
+            f"(5, 5) and {i, j} have the same past and no edge in view: `places` tells them apart")
+
+
 def test_label_goes_with_its_own_example():
     cnn, codes = PixelCNN(5, 8, 2, num_classes=3).double(), torch.randint(5, (2, 4, 3))
     both = cnn(codes, torch.tensor([0, 2]))

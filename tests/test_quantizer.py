@@ -293,6 +293,17 @@ def test_codebook_is_seeded_from_first_batch(kind, G):
         assert len(set(source.tolist())) == 8, "K different encoder outputs: no code twice"
 
 
+def test_rare_vectors_get_a_code_too():
+    wall = 1e-3 * torch.randn(990, 3)
+    edges = 10 * torch.eye(3).repeat(3, 1) + torch.arange(9)[:, None]  # 9 points apart
+    vq = VectorQuantizer(12, 3)
+    vq(torch.cat([wall, edges]).t().unsqueeze(0))      # (1, 3, 999)
+    far = torch.cdist(edges, vq.codebook.detach()).amin(1)
+    assert far.max() < 1e-4, (
+        "seed as k-means++ does: by evenly drawn vectors nearly all codes would start on the wall "
+        "that fills most of the picture, and stay unused")
+
+
 def test_codebook_is_seeded_once():
     vq = VectorQuantizer(8, 3)
     vq(torch.randn(2, 3, 5, 5))

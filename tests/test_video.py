@@ -16,7 +16,7 @@ import train_video
 from conftest import ROOT
 from prior import VideoPrior
 from train_video import (ACTIONS, GENERATED, GIVEN, Data, World, action_accuracy, bits_per_code,
-                         compare, demo_clips, edges, load_clips, psnr)
+                         compare, demo_clips, edges, load_clips, pieces, psnr)
 
 FORWARD, LEFT, RIGHT = range(3)
 QUARTER = 90 // train_video.TURN
@@ -37,7 +37,7 @@ def influence(T=4, H=3, W=5, context=2, actions=True):
     assert logits.shape == (1, prior.num_codes, T, H, W)
     mix = torch.randn(prior.num_codes, dtype=torch.float64)
     scores = torch.einsum("k,kn->n", mix, logits[0].flatten(1))
-    tables = prior.embed.weight, prior.pixelcnn.embed.weight, prior.embed_action.weight
+    tables = prior.embed.weight, prior.pixelcnn.embed.weight, prior.carry.weight
     rows = [[g.abs().sum(1) > 0 for g in torch.autograd.grad(score, tables, retain_graph=True)]
             for score in scores]
     before = torch.stack([r[0][:-1] for r in rows])    # (T*H*W, T*H*W): through the context
@@ -71,7 +71,7 @@ def test_an_action_influences_the_next_frame_and_none_before():
     s = torch.arange(acts.shape[1])[None]
     assert not (acts & (t <= s)).any(), "an action is seen before it is taken"
     assert acts[(t == s + 1).expand_as(acts)].all(), "an action misses the frame it leads to"
-    assert torch.equal(acts, (t > s) & (t - s <= 2)), "the context is two actions long"
+    assert torch.equal(acts, t == s + 1), "earlier actions are seen, though their frames are"
 
 
 def test_a_column_far_away_in_the_last_frame_is_seen():
@@ -225,16 +225,10 @@ def test_forward_into_a_wall_stops(world, poses):
     assert not world.wall[end[:, 0].astype(int), end[:, 1].astype(int), end[:, 2].astype(int)].any()
 
 
-def test_a_left_turn_moves_the_picture_to_the_right(world, poses):
-    before, then = (world.render(p, 48).astype(float) for p in (poses, after(world, poses, LEFT)))
-
-    def error(shift):                                  # of `before` moved right by `shift` pixels
-        left, right = max(0, -shift), max(0, shift)
-        return np.abs(before[:, :, left:48 - right] - then[:, :, right:48 - left]).mean()
-
-    best = min(range(-16, 17), key=error)
-    pixels = 24 / train_video.VIEW * np.deg2rad(train_video.TURN)        # in the picture's middle
-    assert abs(best - pixels) < 2, f"moved by {best} pixels, {pixels:.1f} expected"
+def test_a_left_turn_moves_the_picture_to_the_right_by_one_code(world, poses):
+    before, then = (world.render(p, 32).astype(int) for p in (poses, after(world, poses, LEFT)))
+    error = np.abs(then[:, :, train_video.FACTOR:] - before[:, :, :-train_video.FACTOR]).max(-1)
+    assert (error <= 1).mean() > 0.98                  # rounding moves an edge here and there
 
 
 def test_rays_end_where_small_steps_find_the_wall(world, poses):
@@ -243,8 +237,8 @@ def test_rays_end_where_small_steps_find_the_wall(world, poses):
     depth, _, i, j = world.cast(maze, x, y, np.cos(angle), np.sin(angle))
     for d in np.arange(0, 10, 0.01):
         far = d < depth - 0.02
-        inside = world.wall[maze[:, None], (x + d * np.cos(angle)).astype(int).clip(0, 8),
-                            (y + d * np.sin(angle)).astype(int).clip(0, 8)]
+        inside = world.wall[maze[:, None], (x + d * np.cos(angle)).astype(int).clip(0, 6),
+                            (y + d * np.sin(angle)).astype(int).clip(0, 6)]
         assert not (inside & far).any(), "a ray went through a wall"
     assert world.wall[maze[:, None], i, j].all()
     hit = np.stack([x + depth * np.cos(angle), y + depth * np.sin(angle)], -1)
@@ -378,6 +372,13 @@ def test_compare_tells_good_imagination_from_copies_and_blur():
     assert perfect["sharpness"] == [1.0] * GENERATED
     blurred = F.avg_pool2d(truth.flatten(0, 1).float(), 3, 1, 1).byte().view_as(truth)
     assert max(compare(blurred, truth, truth, last)["sharpness"]) < 0.5
+
+
+def test_long_clips_are_cut_into_roll_outs():
+    clip = torch.arange(2 * 40).view(2, 40)
+    assert torch.equal(pieces(clip), torch.stack([clip[0, :16], clip[0, 16:32],
+                                                  clip[1, :16], clip[1, 16:32]]))
+    assert torch.equal(pieces(clip, most=3), pieces(clip)[:3])
 
 
 def test_action_accuracy_counts_roll_outs_nearest_to_their_own_action():
