@@ -16,11 +16,15 @@ import torch
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend comes first)
 
+from conftest import unwritten  # noqa: E402
+
 ROOT = Path(__file__).parent.parent
 PATH = ROOT / "tutorial.ipynb"
 NOTEBOOK = nbformat.read(PATH, as_version=4)
 CELLS = [cell for cell in NOTEBOOK.cells if cell.cell_type == "code"]
 PROSE = "\n\n".join(cell.source for cell in NOTEBOOK.cells if cell.cell_type == "markdown")
+PRINTED = "".join(output.text for cell in CELLS for output in cell.outputs
+                  if output.output_type == "stream")
 PARTS = re.split(r"^## (?=\d+\. )", PROSE, flags=re.M)[1:]
 MODULES = ["vqvae.py", "prior.py", "train_image.py", "train_audio.py", "train_video.py"]
 EQUATIONS = range(1, 9)
@@ -41,14 +45,16 @@ def ran():
 # -- what the cells compute -----------------------------------------------------------------------
 
 
-def test_a_powerful_decoder_makes_the_vae_ignore_z_and_not_the_vqvae(ran):
-    model, x = ran["models"], ran["textures"](200)[0]
-    collapsed = model["VAE, PixelCNN decoder"]
-    assert ran["kl_of_collapsed"] < 0.1, "nats; the KL is what z says at most"
-    assert abs(ran["worth"](collapsed, x)) < 0.2, "z of another image costs nothing: z is ignored"
-    vq = model["VQ-VAE, PixelCNN decoder"]
-    assert ran["worth"](vq, x) > 1, "the VQ-VAE's decoder must hear its codes"
-    assert torch.allclose(vq.latent(x)[2], torch.tensor(math.log(16)))
+def test_the_rate_of_the_vqvae_is_log_k_and_that_of_a_vae_its_kl(ran):
+    x = ran["textures"](20)[0]
+    for name, model in ran["models"].items():
+        z, _, rate = model.latent(x)
+        assert z.shape == (20, 2, 1, 1), name
+        if model.bottleneck == "codes":
+            assert torch.allclose(rate, torch.tensor(math.log(16)))
+            assert len(z.flatten(1).unique(dim=0)) <= 16
+        elif model.bottleneck == "gaussian":
+            assert rate.shape == (20,) and (rate >= 0).all()
 
 
 def test_every_term_of_eq_3_is_heard_where_the_paper_says(ran):
@@ -57,13 +63,25 @@ def test_every_term_of_eq_3_is_heard_where_the_paper_says(ran):
 
 
 def test_the_bound_holds_in_the_enumerated_model_and_starts_log_16_too_low(ran):
+    # The same sum over z by its definition, one decoder run at a time.
+    model, x = ran["model"].eval(), ran["halves"](1)
+    terms = [-model.likelihood.nll(model.decoder(model.quantizer.lookup(z[None])), x).item()
+             - 2 * math.log(4) for z in ran["every_z"]]
+    assert len({tuple(z.flatten().tolist()) for z in ran["every_z"]}) == 16
+    assert ran["log_joint"](model, x)[0].tolist() == pytest.approx(terms, rel=1e-5)
     gaps = [a - b for a, b in zip(ran["exact"], ran["one_term"])]
     assert min(gaps) >= 0, "log p(x) is a sum of 16 positive terms, the bound one of them"
     assert gaps[0] == pytest.approx(math.log(16), abs=0.1), (
         "a decoder that hears nothing yet gives all 16 the same weight")
-    assert gaps[-1] < gaps[0]
     for posterior in ran["posteriors"]:
         assert posterior.sum() == pytest.approx(1)
+
+
+def test_each_term_of_eq_3_can_be_switched_off_alone(ran):
+    assert list(ran["runs"]) == ["eq. 3", "no data term", "no codebook term", "no commitment"]
+    start = ran["fit"](codebook=0)["vq"].codebook
+    assert start.abs().max() <= 1 / 16, "without term 2 nothing moves the codebook"
+    assert ran["runs"]["eq. 3"]["vq"].codebook.abs().max() > 1 / 16
 
 
 def test_more_bits_leave_less_distortion_but_never_less_than_shannon_allows(ran):
@@ -122,12 +140,67 @@ def test_end_to_end_models_draw_codes_that_they_can_decode(ran):
     assert table.sum() == 108 * 125, "every code of the training speech meets one phone"
 
 
-# -- the notebook as it is stored -----------------------------------------------------------------
+def test_imagined_frames_are_compared_with_the_true_future(ran):
+    for row, name in zip(ran["rows"], ran["names"]):
+        assert len(row) == ran["given"] + 6 and row.dtype == torch.uint8, name
+        assert torch.equal(row[:ran["given"]], ran["rows"][0][:ran["given"]]), "what was given"
+
+
+# -- the notebook as it is stored: what its prose says, its cells have shown ----------------------
+
+
+def numbers(line):
+    """The numbers in the stored lines that this pattern begins; a list for each such line."""
+    found = [re.findall(r"-?\d+\.?\d*", text) for text in re.findall(f"^{line}(.*)$", PRINTED, re.M)]
+    assert found, f"no cell has printed a line '{line} ..'"
+    return [[float(n) for n in row] for row in found]
+
+
+def test_stored_vae_has_collapsed_and_the_vqvae_has_not():
+    (_, kl, wrong), = numbers(r"VAE, PixelCNN decoder\s.*?x\|z\)")
+    assert kl < 0.2 and abs(wrong) < 0.5, "bits: its z says nothing, and no z is missed"
+    (_, kl, wrong), = numbers(r"VQ-VAE, PixelCNN decoder\s.*?x\|z\)")
+    assert kl == 4 and wrong > 3, "log2 16 bits, and the decoder hears them"
+    (_, kl, wrong), = numbers(r"VAE\s.*?x\|z\)")
+    assert kl > 2 and wrong > 3, "the same VAE without a powerful decoder uses its z"
+
+
+def test_stored_runs_show_what_each_term_of_eq_3_is_for():
+    (error, used, apart, size), = numbers(r"eq\. 3\s")
+    others = {name: numbers(name)[0] for name in ("no data term", "no codebook term",
+                                                  "no commitment")}
+    assert all(row[0] > 2 * error and row[1] < used for row in others.values())
+    assert others["no data term"][3] < 0.1 * size, "all outputs in one place"
+    assert others["no codebook term"][2] > 5 * apart, "the encoder does not come far enough"
+    assert others["no commitment"][3] > 100 * size, "the outputs grow without end"
+
+
+def test_stored_bound_is_nearly_tight_at_the_end():
+    first, _, log16, last = numbers(r"log p\(x\) - bound:")[0]        # "2.77 .. (log 16 = 2.77), .."
+    assert first == pytest.approx(log16, abs=0.1) and last < 0.5
+
+
+def test_stored_codebooks_start_dead_or_alive():
+    for kind in ("VectorQuantizer ", "VectorQuantizerEMA"):
+        uniform, first = numbers(rf"{kind}\s+start (?:uniform|first batch)\s")
+        assert uniform[0] < 0.2 * uniform[1] and first[0] > 0.9 * first[1]
+
+
+def test_stored_end_to_end_models_have_learnt():
+    assert numbers(r"prior:")[0][0] < 2, "bits a code, of 7"
+    own, = numbers("own codes")[0]
+    assert own < numbers("codes of another utterance")[0][0], "the decoder hears the codes"
+    assert own < numbers("wrong speaker")[0][0], "the decoder hears the speaker"
+    *_, accuracy, most_frequent = numbers(r"\d+ of \d+ codes in use; phone")[0]
+    assert accuracy > 2 * most_frequent
+    told, lied = numbers("bits a code, test clips:")[0]
+    assert told < 0.9 * lied, "the actions say what comes next"
+
 
 
 def test_stored_notebook_is_valid_and_small_enough_for_a_web_page():
     nbformat.validate(NOTEBOOK)
-    assert PATH.stat().st_size < 3.2e6
+    assert PATH.stat().st_size < 4e6
 
 
 def test_stored_outputs_are_there_and_none_is_an_error():
@@ -156,6 +229,34 @@ def test_the_notebook_defines_nothing_that_the_modules_have():
     modules = set().union(*(defined((ROOT / name).read_text()) for name in MODULES))
     notebook = set().union(*(defined(cell.source) for cell in CELLS))
     assert not modules & notebook, "import it; the notebook has no second implementation"
+
+
+def test_the_course_table_names_functions_that_exist_and_tests_that_exist():
+    table = (ROOT / "README.md").read_text().split("## For courses\n")[1].split("\n## ")[0]
+    rows = [line.strip("|").split("|") for line in table.splitlines() if line.startswith("|")][2:]
+    tests = "\n".join(p.read_text() for p in (ROOT / "tests").glob("test_*.py"))
+    functions = set()
+    for name in MODULES:
+        for node in ast.parse((ROOT / name).read_text()).body:
+            inside = getattr(node, "body", []) if isinstance(node, ast.ClassDef) else []
+            functions |= {getattr(node, "name", "")} | {
+                f"{node.name}.{f.name}" for f in inside if isinstance(f, ast.FunctionDef)}
+    lessons = [int(row[0].split(".")[0]) for row in rows]
+    assert lessons == list(range(1, len(rows) + 1)) and len(rows) >= 11
+    for lesson, bodies, guides in rows:
+        for name in re.findall(r"`([\w.]+)`", bodies):
+            assert name in functions, f"lesson {lesson}: there is no {name}"
+        for name in re.findall(r"`(\w+)`", guides):
+            assert f"def {name}(" in tests, f"lesson {lesson}: there is no {name}"
+
+
+def test_an_empty_body_is_named_with_what_it_should_do(tmp_path):
+    (tmp_path / "m.py").write_text(
+        'class A:\n    """Of A."""\n    def f(self):\n        """Eq. 1: k."""\n'
+        '    def g(self):\n        return 1\n    def h(self):\n        ...\n'
+        'def i():\n    pass\ndef j():\n    """Said."""\n    return 2\n')
+    assert unwritten(tmp_path / "m.py") == {
+        "A.f": "line 3: Eq. 1: k.", "A.h": "line 7: Of A.", "i": "line 9: "}
 
 
 def test_every_part_ends_with_exercises_whose_tests_exist():
