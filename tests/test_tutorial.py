@@ -10,6 +10,7 @@ from pathlib import Path
 
 import matplotlib
 import nbformat
+import numpy as np
 import pytest
 import torch
 
@@ -52,7 +53,7 @@ def test_the_rate_of_the_vqvae_is_log_k_and_that_of_a_vae_its_kl(ran):
         assert z.shape == (20, 2, 1, 1), name
         if model.bottleneck == "codes":
             assert torch.allclose(rate, torch.tensor(math.log(16)))
-            assert len(z.flatten(1).unique(dim=0)) <= 16
+            assert len(z.detach().flatten(1).unique(dim=0)) <= 16
         elif model.bottleneck == "gaussian":
             assert rate.shape == (20,) and (rate >= 0).all()
 
@@ -68,9 +69,9 @@ def test_the_bound_holds_in_the_enumerated_model_and_starts_log_16_too_low(ran):
     terms = [-model.likelihood.nll(model.decoder(model.quantizer.lookup(z[None])), x).item()
              - 2 * math.log(4) for z in ran["every_z"]]
     assert len({tuple(z.flatten().tolist()) for z in ran["every_z"]}) == 16
-    assert ran["log_joint"](model, x)[0].tolist() == pytest.approx(terms, rel=1e-5)
+    assert ran["log_joints"](model, x)[0].tolist() == pytest.approx(terms, rel=1e-5)
     gaps = [a - b for a, b in zip(ran["exact"], ran["one_term"])]
-    assert min(gaps) >= 0, "log p(x) is a sum of 16 positive terms, the bound one of them"
+    assert min(gaps) > -1e-3, "log p(x) is a sum of 16 positive terms, the bound one of them"
     assert gaps[0] == pytest.approx(math.log(16), abs=0.1), (
         "a decoder that hears nothing yet gives all 16 the same weight")
     for posterior in ran["posteriors"]:
@@ -135,15 +136,16 @@ def test_sounds_are_wav_files_that_a_browser_plays(ran):
 def test_end_to_end_models_draw_codes_that_they_can_decode(ran):
     assert ran["sampled"].shape == (10, 8, 8)
     assert ran["drawn"].dtype == torch.uint8 and ran["drawn"].shape[1] % 128 == 0
-    assert ran["imagined"].shape == (1, 6, 8, 8)
+    assert ran["imagined"].shape == (20, 8, 8, 8)
     table = ran["table"]
     assert table.sum() == 108 * 125, "every code of the training speech meets one phone"
 
 
 def test_imagined_frames_are_compared_with_the_true_future(ran):
-    for row, name in zip(ran["rows"], ran["names"]):
-        assert len(row) == ran["given"] + 6 and row.dtype == torch.uint8, name
-        assert torch.equal(row[:ran["given"]], ran["rows"][0][:ran["given"]]), "what was given"
+    imagined, true, *_ = ran["rows"]
+    assert imagined.shape == true.shape == (10, 3, 32, 32) and imagined.dtype == torch.uint8
+    assert torch.equal(imagined[:2], true[:2]), "both rows begin with the frames that were given"
+    assert ran["push"](np.array([3]), np.array([[1, 1, 0]])).tolist() == [[3, 4, 4, 3]], "walls"
 
 
 # -- the notebook as it is stored: what its prose says, its cells have shown ----------------------
@@ -151,9 +153,9 @@ def test_imagined_frames_are_compared_with_the_true_future(ran):
 
 def numbers(line):
     """The numbers in the stored lines that this pattern begins; a list for each such line."""
-    found = [re.findall(r"-?\d+\.?\d*", text) for text in re.findall(f"^{line}(.*)$", PRINTED, re.M)]
-    assert found, f"no cell has printed a line '{line} ..'"
-    return [[float(n) for n in row] for row in found]
+    rests = re.findall(f"^{line}(.*)$", PRINTED, re.M)
+    assert rests, f"no cell has printed a line '{line} ..'"
+    return [[float(n) for n in re.findall(r"-?\d+\.?\d*", rest)] for rest in rests]
 
 
 def test_stored_vae_has_collapsed_and_the_vqvae_has_not():
@@ -176,7 +178,7 @@ def test_stored_runs_show_what_each_term_of_eq_3_is_for():
 
 
 def test_stored_bound_is_nearly_tight_at_the_end():
-    first, _, log16, last = numbers(r"log p\(x\) - bound:")[0]        # "2.77 .. (log 16 = 2.77), .."
+    first, _, log16, last = numbers(r"log p\(x\) - bound:")[0]        # ".. (log 16 = 2.77), .."
     assert first == pytest.approx(log16, abs=0.1) and last < 0.5
 
 
@@ -276,8 +278,8 @@ def mentioned(text):
     found = set()
     for first, joint, last in re.findall(
             r"\beqs?[._]? ?(\d)(?:(-|_to_| to | and |, )(\d)\b)?", text, re.I):
-        last = int(last or first)
-        found |= {int(first), last} if joint in (" and ", ", ") else set(range(int(first), last + 1))
+        first, last = int(first), int(last or first)
+        found |= {first, last} if joint in (" and ", ", ") else set(range(first, last + 1))
     return found
 
 
