@@ -50,7 +50,7 @@ FACTOR = 4                                             # pixels a code, each way
 
 PRESETS = {
     # 32 x 32 x 3 -> 8 x 8 codes, for a laptop.
-    "demo": dict(warmup_steps=100, steps=1000, prior_steps=2000, batch_size=32,
+    "demo": dict(warmup_steps=100, steps=1000, prior_steps=4500, batch_size=32,
                  prior_batch_size=4, lr=1e-3, prior_lr=3e-3, lr_decay=0.5, num_codes=128,
                  code_dim=32, hidden=48, res_hidden=32, prior_channels=32, prior_layers=2),
     # DeepMind Lab, 84 x 84 x 3 -> 21 x 21, K = 512. The paper gives no more: Adam's rate and the
@@ -148,7 +148,7 @@ class World:
         texel = PATTERNS[self.pattern[maze[:, None], i, j][:, None],
                          (height.clip(0, 0.99) * 16).astype(np.int8),
                          (along * 16).astype(np.int8)[:, None]]
-        tone = np.where(wall, texel, 1) * np.exp(depth * np.float32(-0.2))   # far away is dark
+        tone = np.where(wall, texel, 1) * np.exp(depth * np.float32(-0.5))   # far away is dark
         image = np.where(wall[..., None], color[:, None].astype(np.float32), np.where(
             up[..., None] < 0, self.floor[maze, None, None], self.ceiling[maze, None, None]))
         image *= tone[..., None]                       # (n, rows, columns, 3)
@@ -202,9 +202,10 @@ def palette(hue, saturation):
     return (1 - saturation * (1 - wave)).astype(np.float32)
 
 
-# Brightness of the walls' textures, (pattern, height, along): a band, a stripe, a picture.
+# Brightness of the walls' textures, (pattern, height, along): checks, a stripe, a picture. Each
+# has edges that run up the wall: from anywhere, a turn and a step can be told from standing.
 height, along = np.meshgrid(*[(np.arange(16) + 0.5) / 16] * 2, indexing="ij")
-PATTERNS = np.where([height < 0.5, along < 0.5, (abs(height - 0.5) < 0.25) &
+PATTERNS = np.where([(height < 0.5) ^ (along < 0.5), along < 0.5, (abs(height - 0.5) < 0.25) &
                      (abs(along - 0.5) < 0.3)], 0.6, 1).astype(np.float32)
 
 
