@@ -31,21 +31,21 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 from prior import WaveNet
-from vqvae import (Encoder, Parser, Run, VectorQuantizer, VectorQuantizerEMA,
-                   count_codes, perplexity, positive, stop, to_unit)
+from vqvae import (Encoder, Parser, Run, VectorQuantizer, VectorQuantizerEMA, count_codes,
+                   fraction, perplexity, positive, stop, to_unit)
 
 PAPER = dict(steps=500_000, prior_steps=250_000, batch_size=16, lr=2e-4,
              sample_rate=16_000, num_codes=512, code_dim=64, hidden=256, channels=64,
-             skip_channels=256, layers=30, cycle=10, prior_channels=256, crop=10_240, clip=40_960,
-             test_clips=10)
+             skip_channels=256, layers=30, cycle=10, past_dropout=0.0, prior_channels=256,
+             crop=10_240, clip=40_960, test_clips=10)
 PRESETS = {
     # 8 kHz -> 62.5 codes of 7 bits a second, 146 times fewer bits than 8-bit speech. The decoder
     # looks back 256 samples, three periods of the deepest voice and less than half a phone: it
     # can keep up the pitch, but what is being said the codes have to tell it.
-    "demo": dict(steps=5000, prior_steps=400, batch_size=8, lr=4e-3, lr_decay=0.5,
-                 sample_rate=8000, strides="2,2,2,2,2,2,2", num_codes=128, code_dim=8, hidden=64,
-                 channels=32, skip_channels=64, layers=8, cycle=8, prior_channels=64, crop=1024,
-                 clip=16_000, test_clips=40),
+    "demo": dict(steps=3500, prior_steps=200, batch_size=8, lr=4e-3, lr_decay=0.5,
+                 codebook="ema", sample_rate=8000, strides="2,2,2,2,2,2,2", num_codes=128,
+                 code_dim=8, hidden=64, channels=32, skip_channels=64, layers=8, cycle=8,
+                 past_dropout=0.1, prior_channels=64, crop=1024, clip=16_000, test_clips=40),
     # "6 strided convolutions with stride 2": 64x, K = 512. Widths, batch and crop are not in the
     # paper; steps and rate are those of its images.
     "paper": dict(PAPER, strides="2,2,2,2,2,2"),
@@ -365,6 +365,7 @@ class SpeechVQVAE(nn.Module):
         self.encoder = Encoder(1, args.hidden, args.hidden // 2, args.code_dim, args.strides,
                                ndim=1)
         self.quantizer = Quantizer(args.num_codes, args.code_dim, beta=args.beta)
+        self.past_dropout = args.past_dropout
         self.register_buffer("idle", torch.zeros(args.num_codes, dtype=torch.long))
         # The decoder may look at the codes before and after: all of them are known to it.
         self.context = nn.Sequential(nn.Conv1d(args.code_dim, args.channels, 3, padding=1),
@@ -417,7 +418,14 @@ class SpeechVQVAE(nn.Module):
                 dist.broadcast(table, 0)
 
     def nll(self, x, z_q, speaker):
-        logits = self.decoder(x.long(), self.context(z_q), speaker)    # (B, 256, T)
+        past = x.long()
+        if self.training and self.past_dropout:
+            # Not in the paper (Bowman et al. 2016 did it to words): some samples of the past are
+            # replaced by random ones. What was drawn a little wrong then does not carry the
+            # sampler away, and a past that may lie makes the decoder listen to the codes.
+            wrong = torch.rand(x.shape, device=x.device) < self.past_dropout
+            past = torch.where(wrong, torch.randint_like(past, 256), past)
+        logits = self.decoder(past, self.context(z_q), speaker)        # (B, 256, T)
         return F.cross_entropy(logits.float(), x.long(), reduction="none")
 
     @torch.no_grad()
@@ -477,18 +485,12 @@ def make_parser():
     flag("--sample-rate", type=positive(int), help="Hz; files of another rate are resampled")
     flag("--strides", type=strides, help="of the encoder's convolutions (paper 2,2,2,2,2,2); their "
          "product is the hop, the samples that share a code")
-    flag("--codebook", choices=["loss", "ema"], default="ema", help="how the codebook learns: by "
-         "eq. 3, term 2 (the paper's experiments) or moving averages (A.1, default)")
-    flag("--num-codes", type=positive(int), help="K (paper 512; 128 for phonemes)")
-    flag("--code-dim", type=positive(int), help="D (not in the paper)")
-    flag("--beta", type=positive(float), default=0.25, help="weight of the commitment term "
-         "(default and paper 0.25)")
-    flag("--hidden", type=positive(int), help="channels of the encoder")
     flag("--channels", type=positive(int), help="residual channels of the decoder")
     flag("--skip-channels", type=positive(int), help="skip channels of the decoder")
     flag("--layers", type=positive(int), help="layers of the decoder")
     flag("--cycle", type=positive(int), help="its dilations are 1, 2 .. 2^(CYCLE-1), and again")
-    flag("--prior-channels", type=positive(int), help="residual channels of the prior")
+    flag("--past-dropout", type=fraction, help="share of the past's samples that the decoder is "
+         "shown wrong in training (paper 0)")
     flag("--crop", type=positive(int), help="samples of a training example")
     flag("--clip", type=positive(int), help="samples of a test clip and of the prior's examples "
          "(paper 40,960)")

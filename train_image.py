@@ -398,21 +398,12 @@ def make_parser():
     flag("--samples", type=positive(int), default=50, help="S >= 2 of --model vimco (paper 50)")
     flag("--vimco-prior", choices=["uniform", "learned", "gaussian"], default="uniform",
          help="p(z) of --model vimco (default uniform, as the VQ-VAE's)")
-    flag("--codebook", choices=["loss", "ema"], default="loss", help="how the codebook learns: by "
-         "eq. 3, term 2 (default, the paper's experiments) or moving averages (A.1)")
-    flag("--num-codes", type=positive(int), default=512, help="K (default and paper 512)")
-    flag("--code-dim", type=positive(int), default=64, help="D (default 64; not in the paper)")
     flag("--warmup-steps", type=positive(int), help="steps as a plain autoencoder, before the "
          "codebook starts at its outputs (the paper has none)")
-    flag("--beta", type=positive(float), default=0.25, help="weight of the commitment term "
-         "(default and paper 0.25)")
-    flag("--hidden", type=positive(int), help="channels of encoder and decoder (paper 256 for "
-         "CIFAR-10)")
     flag("--res-hidden", type=positive(int), help="channels inside a residual block")
     flag("--prior-batch-size", type=positive(int), help="examples a step for the prior (default "
          "--batch-size)")
     flag("--prior-lr", type=positive(float), help="Adam's learning rate for the prior")
-    flag("--prior-channels", type=positive(int), help="channels of the PixelCNN")
     flag("--second-stage", action="store_true", help="after the prior: a second VQ-VAE that says "
          "a whole image in three codes (sec. 4.2, figure 5), and a VAE for comparison")
     flag("--second-steps", type=positive(int), default=1000, help="training steps of each of its "

@@ -50,9 +50,10 @@ FACTOR = 4                                             # pixels a code, each way
 
 PRESETS = {
     # 32 x 32 x 3 -> 8 x 8 codes, for a laptop.
-    "demo": dict(warmup_steps=100, steps=1000, prior_steps=2000, batch_size=32,
-                 prior_batch_size=4, lr=1e-3, prior_lr=3e-3, lr_decay=0.5, num_codes=128,
-                 code_dim=32, hidden=48, res_hidden=32, prior_channels=32, prior_layers=2),
+    "demo": dict(warmup_steps=100, steps=1000, prior_steps=4200, batch_size=32,
+                 prior_batch_size=4, lr=1e-3, prior_lr=3e-3, lr_decay=0.5, codebook="ema",
+                 num_codes=128, code_dim=32, hidden=48, res_hidden=32, prior_channels=32,
+                 prior_layers=2),
     # DeepMind Lab, 84 x 84 x 3 -> 21 x 21, K = 512. The paper gives no more: Adam's rate and the
     # number of steps are those of its CIFAR-10 experiment.
     "paper": dict(warmup_steps=1000, steps=250_000, prior_steps=250_000, batch_size=128,
@@ -148,7 +149,7 @@ class World:
         texel = PATTERNS[self.pattern[maze[:, None], i, j][:, None],
                          (height.clip(0, 0.99) * 16).astype(np.int8),
                          (along * 16).astype(np.int8)[:, None]]
-        tone = np.where(wall, texel, 1) * np.exp(depth * np.float32(-0.2))   # far away is dark
+        tone = np.where(wall, texel, 1) * np.exp(depth * np.float32(-0.5))   # far away is dark
         image = np.where(wall[..., None], color[:, None].astype(np.float32), np.where(
             up[..., None] < 0, self.floor[maze, None, None], self.ceiling[maze, None, None]))
         image *= tone[..., None]                       # (n, rows, columns, 3)
@@ -202,15 +203,17 @@ def palette(hue, saturation):
     return (1 - saturation * (1 - wave)).astype(np.float32)
 
 
-# Brightness of the walls' textures, (pattern, height, along): a band, a stripe, a picture.
+# Brightness of the walls' textures, (pattern, height, along): checks, a stripe, a picture. Each
+# has edges that run up the wall: from anywhere, a turn and a step can be told from standing.
 height, along = np.meshgrid(*[(np.arange(16) + 0.5) / 16] * 2, indexing="ij")
-PATTERNS = np.where([height < 0.5, along < 0.5, (abs(height - 0.5) < 0.25) &
+PATTERNS = np.where([(height < 0.5) ^ (along < 0.5), along < 0.5, (abs(height - 0.5) < 0.25) &
                      (abs(along - 0.5) < 0.3)], 0.6, 1).astype(np.float32)
 
 
 def demo_clips(world, count, length, size=32, seed=0):
     """Random walks: frames (count, length, size, size, 3) uint8, actions (count, length) int64,
-    poses (count, length, 4). The walker likes to go on with what it does, and turns at walls."""
+    poses (count, length, 4). The walker likes to go on with what it does, and mostly turns at
+    walls: what a step into one does has to be seen as well."""
     rng = np.random.default_rng(seed)
     pose, action = world.start(count, rng), rng.integers(3, size=count)
     poses, actions = [], []
@@ -218,7 +221,8 @@ def demo_clips(world, count, length, size=32, seed=0):
         other = rng.choice(3, size=count, p=(0.4, 0.3, 0.3))
         action = np.where(rng.random(count) < 0.7, action, other)
         stuck = (world.move(pose, 0 * action) == pose).all(1) & (action == 0)
-        action = np.where(stuck, rng.integers(1, 3, size=count), action)
+        turn = stuck & (rng.random(count) < 0.7)
+        action = np.where(turn, rng.integers(1, 3, size=count), action)
         poses.append(pose)
         actions.append(action)
         pose = world.move(pose, action)
@@ -309,19 +313,11 @@ def make_parser():
     flag("--prior-lr", type=positive(float), help="Adam's learning rate for the prior")
     flag("--no-actions", action="store_true", help="a prior that is not told the actions (the "
          "paper: \"similar results, not shown\")")
-    flag("--codebook", choices=["loss", "ema"], default="ema", help="how the codebook learns: by "
-         "eq. 3, term 2, or moving averages (A.1; default)")
-    flag("--num-codes", type=positive(int), help="K (paper 512)")
-    flag("--code-dim", type=positive(int), help="D (not in the paper)")
-    flag("--beta", type=positive(float), default=0.25, help="weight of the commitment term "
-         "(default and paper 0.25)")
-    flag("--hidden", type=positive(int), help="channels of encoder and decoder")
     flag("--res-hidden", type=positive(int), help="channels inside a residual block")
-    flag("--prior-channels", type=positive(int), help="channels of the prior")
     flag("--prior-layers", type=positive(int), help="layers of its PixelCNN")
     flag("--temperature", type=positive(float), default=1.0, help="of the roll-outs: below 1 the "
          "likely codes get likelier (default 1)")
-    flag("--demo-clips", type=positive(int), default=1000, help="training clips of the demo")
+    flag("--demo-clips", type=positive(int), default=2500, help="training clips of the demo")
     return parser
 
 

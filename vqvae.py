@@ -766,6 +766,16 @@ class Parser(argparse.ArgumentParser):
         flag("--lr", type=positive(float), help="Adam's learning rate (paper 2e-4)")
         flag("--lr-decay", type=fraction, default=0.0, metavar="F", help="let the learning rate "
              "fall linearly to zero over this last part of each stage (paper 0)")
+        flag("--codebook", choices=["loss", "ema"], default="loss", help="how the codebook learns: "
+             "by eq. 3, term 2 (default, the paper's experiments) or moving averages (A.1)")
+        flag("--num-codes", type=positive(int), default=512, help="K (default and paper 512; 128 "
+             "for phonemes)")
+        flag("--code-dim", type=positive(int), default=64, help="D (default 64; not in the paper)")
+        flag("--beta", type=positive(float), default=0.25, help="weight of the commitment term "
+             "(default and paper 0.25)")
+        flag("--hidden", type=positive(int), help="channels of encoder and decoder (paper 256 for "
+             "CIFAR-10)")
+        flag("--prior-channels", type=positive(int), help="channels of the prior")
         flag("--seed", type=int, default=0, help="of data, weights, batches and samples")
         flag("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
         flag("--precision", choices=["fp32", "bf16"], default="fp32", help="bf16: autocast in "

@@ -293,6 +293,26 @@ def test_loss_is_eq_3_for_each_latent():
     assert loss.item() == pytest.approx((nats.sum() / 16 + 1.25 * squares).item(), rel=1e-4)
 
 
+def test_past_dropout_spoils_what_the_decoder_hears_and_not_what_it_must_say():
+    model = tiny_model()
+    x, z_q, who = torch.randint(256, (2, 512)), torch.randn(2, 4, 8), torch.tensor([1, 2])
+    y = x.clone()
+    y[:, 100] = (y[:, 100] + 99) % 256                 # another sample at one place
+
+    def differs(share, train):
+        """At what times -log p of the two waveforms differs, the same noise for both."""
+        model.train(train).past_dropout, found = share, []
+        for wave in (x, y):
+            torch.manual_seed(0)
+            found.append(model.nll(wave, z_q, who).detach())
+        return (found[0] != found[1]).any(0).nonzero().flatten().tolist()
+
+    later = differs(0.0, train=True)
+    assert later[0] == 100 and len(later) > 3          # its own cost, and that of those after it
+    assert differs(1.0, train=True) == [100], "all of the past replaced: only the target is left"
+    assert differs(1.0, train=False) == later, "the dropout is for training only"
+
+
 # -- the script -----------------------------------------------------------------------------------
 
 
