@@ -50,7 +50,7 @@ FACTOR = 4                                             # pixels a code, each way
 
 PRESETS = {
     # 32 x 32 x 3 -> 8 x 8 codes, for a laptop.
-    "demo": dict(warmup_steps=100, steps=1000, prior_steps=4200, batch_size=32,
+    "demo": dict(warmup_steps=100, steps=1000, prior_steps=6000, batch_size=32,
                  prior_batch_size=48, lr=1e-3, prior_lr=3e-3, lr_decay=0.5, codebook="ema",
                  num_codes=128, code_dim=32, hidden=48, res_hidden=32, prior_channels=32,
                  prior_layers=2),
@@ -82,7 +82,7 @@ class World:
     turns of TURN degrees to the left; poses are arrays (n, 4), moved and rendered together.
     """
 
-    def __init__(self, count=3, seed=0, size=7):
+    def __init__(self, count=2, seed=0, size=7):
         rng = np.random.default_rng(seed)
         self.wall = np.stack([dig(size, rng) for _ in range(count)])      # (count, size, size)
         self.color = palette(rng.integers(6, size=self.wall.shape) / 6, 0.65)
@@ -317,7 +317,7 @@ def make_parser():
     flag("--prior-layers", type=positive(int), help="layers of its PixelCNN")
     flag("--temperature", type=positive(float), default=1.0, help="of the roll-outs: below 1 the "
          "likely codes get likelier (default 1)")
-    flag("--demo-clips", type=positive(int), default=2500, help="training clips of the demo")
+    flag("--demo-clips", type=positive(int), default=3500, help="training clips of the demo")
     return parser
 
 
