@@ -565,17 +565,20 @@ class VideoPrior(nn.Module):
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="linear")
         nn.init.normal_(self.carry.weight, std=(E * taps) ** -0.5)
 
-    def forward(self, codes, actions=None):
+    def forward(self, codes, actions=None, last=None):
         """codes (B, T, H, W), actions (B, T-1) or None -> logits (B, K, T, H, W).
 
         logits[:, :, t, i, j] see the frames t - context .. t - 1, the action a_(t-1) that leads
-        from there to frame t, and the codes of frame t before (i, j)."""
+        from there to frame t, and the codes of frame t before (i, j). With `last`, only those of
+        the last so many frames: (B, K, last, H, W)."""
         B, T = codes.shape[:2]
+        n = T if last is None else last
         actions = self.check(codes, actions, T - 1)
         actions = F.pad(actions, (1, 0), value=-1)     # (B, T): the one that leads to each frame
-        cond = self.look_back(self.windows(codes, T).flatten(0, 1), actions.flatten())
-        logits = self.pixelcnn(codes.flatten(0, 1), cond=cond)         # (B*T, K, H, W)
-        return logits.unflatten(0, (B, T)).transpose(1, 2)
+        cond = self.look_back(self.windows(codes, T)[:, T - n:].flatten(0, 1),
+                              actions[:, T - n:].flatten())
+        logits = self.pixelcnn(codes[:, T - n:].flatten(0, 1), cond=cond)      # (B*n, K, H, W)
+        return logits.unflatten(0, (B, n)).transpose(1, 2)
 
     def windows(self, codes, T):
         """What each of frames 0 .. T-1 looks back on: (B, T, H, W, context)."""

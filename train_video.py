@@ -50,14 +50,14 @@ FACTOR = 4                                             # pixels a code, each way
 
 PRESETS = {
     # 32 x 32 x 3 -> 8 x 8 codes, for a laptop.
-    "demo": dict(warmup_steps=100, steps=1000, prior_steps=4200, batch_size=32,
-                 prior_batch_size=4, lr=1e-3, prior_lr=3e-3, lr_decay=0.5, codebook="ema",
+    "demo": dict(warmup_steps=100, steps=1000, prior_steps=6000, batch_size=32,
+                 prior_batch_size=48, lr=1e-3, prior_lr=3e-3, lr_decay=0.5, codebook="ema",
                  num_codes=128, code_dim=32, hidden=48, res_hidden=32, prior_channels=32,
                  prior_layers=2),
     # DeepMind Lab, 84 x 84 x 3 -> 21 x 21, K = 512. The paper gives no more: Adam's rate and the
     # number of steps are those of its CIFAR-10 experiment.
     "paper": dict(warmup_steps=1000, steps=250_000, prior_steps=250_000, batch_size=128,
-                  prior_batch_size=16, lr=2e-4, prior_lr=2e-4, num_codes=512, code_dim=64,
+                  prior_batch_size=128, lr=2e-4, prior_lr=2e-4, num_codes=512, code_dim=64,
                   hidden=128, res_hidden=32, prior_channels=128, prior_layers=10),
 }
 
@@ -66,7 +66,7 @@ PRESETS = {
 # ---------------------------------------------------------------------------------------------
 
 ACTIONS = ("forward", "left", "right")
-STEP, TURN = 0.25, 10             # a step in widths of a corridor, a turn in degrees
+STEP, TURN = 0.15, 10             # a step in widths of a corridor, a turn in degrees
 RADIUS = 0.3                      # nearer than this the walker does not come to a wall
 VIEW = np.deg2rad(40)             # half the field of view, to the sides
 EYE, WALL = 0.6, 1.2              # height of the eye and of the walls
@@ -82,7 +82,7 @@ class World:
     turns of TURN degrees to the left; poses are arrays (n, 4), moved and rendered together.
     """
 
-    def __init__(self, count=3, seed=0, size=7):
+    def __init__(self, count=2, seed=0, size=7):
         rng = np.random.default_rng(seed)
         self.wall = np.stack([dig(size, rng) for _ in range(count)])      # (count, size, size)
         self.color = palette(rng.integers(6, size=self.wall.shape) / 6, 0.65)
@@ -149,7 +149,7 @@ class World:
         texel = PATTERNS[self.pattern[maze[:, None], i, j][:, None],
                          (height.clip(0, 0.99) * 16).astype(np.int8),
                          (along * 16).astype(np.int8)[:, None]]
-        tone = np.where(wall, texel, 1) * np.exp(depth * np.float32(-0.5))   # far away is dark
+        tone = np.where(wall, texel, 1) * np.exp(depth * np.float32(-0.35))  # far away is dark
         image = np.where(wall[..., None], color[:, None].astype(np.float32), np.where(
             up[..., None] < 0, self.floor[maze, None, None], self.ceiling[maze, None, None]))
         image *= tone[..., None]                       # (n, rows, columns, 3)
@@ -317,7 +317,7 @@ def make_parser():
     flag("--prior-layers", type=positive(int), help="layers of its PixelCNN")
     flag("--temperature", type=positive(float), default=1.0, help="of the roll-outs: below 1 the "
          "likely codes get likelier (default 1)")
-    flag("--demo-clips", type=positive(int), default=2500, help="training clips of the demo")
+    flag("--demo-clips", type=positive(int), default=3500, help="training clips of the demo")
     return parser
 
 
@@ -363,17 +363,17 @@ def vqvae_loss(net, x, args):
 
 
 def prior_loss(net, codes, actions):
-    """Teacher forcing on a random piece of each clip: every frame of it is predicted, from what
-    was recorded before it. One clip in ten is seen without its actions, so that the same prior
-    also knows p(z) without them."""
-    length = min(2 * GIVEN, codes.shape[1])
-    first = int(torch.randint(codes.shape[1] - length + 1, ()))
-    codes = codes[:, first:first + length]
+    """Teacher forcing: frame t of each clip is predicted from what was recorded before it. One t
+    and many clips a step tell more than many t of a few clips, whose frames are much the same.
+    One clip in ten is seen without its actions, so that the same prior also knows p(z) without."""
+    t = int(torch.randint(codes.shape[1], ()))
+    first = max(0, t - GIVEN)                          # the prior looks back no further
+    codes = codes[:, first:t + 1]
     if actions is not None:
-        actions = actions[:, first:first + length - 1]
+        actions = actions[:, first:t]
         unknown = torch.rand(len(actions), 1, device=actions.device) < 0.1
         actions = actions.masked_fill(unknown, -1)
-    loss = F.cross_entropy(net(codes, actions), codes)                   # nats a code
+    loss = F.cross_entropy(net(codes, actions, last=1), codes[:, -1:])         # nats a code
     return loss, {"bits_per_code": loss.detach() / math.log(2)}
 
 

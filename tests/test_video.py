@@ -93,6 +93,14 @@ def test_without_actions_is_all_actions_unknown():
 # -- the prior: sampling ------------------------------------------------------------------------
 
 
+def test_the_last_frames_alone_get_the_same_logits():
+    prior = VideoPrior(7, 2, 8, num_layers=1, context=2).double()
+    codes, actions = torch.randint(7, (2, 5, 4, 3)), torch.randint(2, (2, 4))
+    whole = prior(codes, actions)
+    for last in (1, 3, 5):
+        assert torch.allclose(prior(codes, actions, last=last), whole[:, :, 5 - last:]), last
+
+
 @pytest.mark.parametrize("given, num_actions", [(0, 2), (1, 2), (3, 2), (3, 0)])
 def test_cached_sampler_equals_naive(given, num_actions):
     prior = VideoPrior(7, num_actions, 16, num_layers=2, context=2).double()
@@ -388,6 +396,17 @@ def test_action_accuracy_counts_roll_outs_nearest_to_their_own_action():
     mixed = [truths[0], truths[1].clone(), truths[2]]
     mixed[1][0] = truths[0][0]                         # one of twelve does something else
     assert action_accuracy(mixed, truths) == pytest.approx(11 / 12)
+
+
+def test_training_asks_what_a_roll_out_asks():
+    """Over the steps, all frames of a clip are predicted, each as in the whole clip's forward
+    pass."""
+    torch.manual_seed(0)
+    prior = VideoPrior(5, 0, 8, num_layers=1, context=GIVEN).double()
+    codes = torch.randint(5, (3, 9, 4, 4))
+    each = F.cross_entropy(prior(codes), codes, reduction="none").mean((0, 2, 3))      # (T,)
+    losses = {round(train_video.prior_loss(prior, codes, None)[0].item(), 9) for _ in range(80)}
+    assert losses == {round(x, 9) for x in each.tolist()}
 
 
 def test_bits_per_code_of_a_uniform_prior():
