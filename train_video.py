@@ -49,8 +49,8 @@ GIVEN, GENERATED = 6, 10                               # frames of a roll-out, a
 FACTOR = 4                                             # pixels a code, each way
 
 PRESETS = {
-    # 32 x 32 x 3 -> 8 x 8 codes, for a laptop.
-    "demo": dict(warmup_steps=100, steps=1000, prior_steps=6000, batch_size=32,
+    # 24 x 48 x 3 -> 6 x 12 codes, for a laptop.
+    "demo": dict(warmup_steps=100, steps=1000, prior_steps=4200, batch_size=32,
                  prior_batch_size=48, lr=1e-3, prior_lr=3e-3, lr_decay=0.5, codebook="ema",
                  num_codes=128, code_dim=32, hidden=48, res_hidden=32, prior_channels=32,
                  prior_layers=2),
@@ -68,15 +68,16 @@ PRESETS = {
 ACTIONS = ("forward", "left", "right")
 STEP, TURN = 0.15, 10             # a step in widths of a corridor, a turn in degrees
 RADIUS = 0.3                      # nearer than this the walker does not come to a wall
-VIEW = np.deg2rad(40)             # half the field of view, to the sides
+VIEW = np.deg2rad(60)             # half the field of view, to the sides
 EYE, WALL = 0.6, 1.2              # height of the eye and of the walls
 
 
 class World:
     """Some mazes, and a camera that walks in them. All is known: any future can be rendered.
 
-    The camera's columns are equal angles, as on a panorama: of 32 columns for 80 degrees a turn
-    moves the whole picture by 4, which is one code.
+    The camera's columns are equal angles, as on a panorama: of 48 columns for 120 degrees a turn
+    moves the whole picture by 4, which is one code. It takes twelve turns to see nothing of what
+    was seen before: most of what ten turns show can be known.
 
     A pose is (maze, x, y, turns): the maze's number, the place on its grid, and the heading in
     turns of TURN degrees to the left; poses are arrays (n, 4), moved and rendered together.
@@ -119,29 +120,29 @@ class World:
         return np.stack(poses, 1)
 
     def render(self, pose, size):
-        """poses (..., 4) -> pictures (..., size, size, 3) uint8."""
+        """poses (..., 4) -> pictures (..., size, 2 * size, 3) uint8."""
         flat = pose.reshape(-1, 4)
-        images = np.empty((len(flat), size, size, 3), np.uint8)
+        images = np.empty((len(flat), size, 2 * size, 3), np.uint8)
 
         def fill(k):  # few pictures at a time, for the cache
             images[k:k + 16] = self.look(flat[k:k + 16], size)
 
         with ThreadPoolExecutor() as pool:             # numpy works outside Python's lock
             list(pool.map(fill, range(0, len(flat), 16)))
-        return images.reshape(*pose.shape[:-1], size, size, 3)
+        return images.reshape(*pose.shape[:-1], size, 2 * size, 3)
 
     def look(self, pose, size):
         """Two rays a pixel each way, averaged: smooth edges."""
         maze = pose[:, 0].astype(int)
         x, y, angle = (pose[:, i, None].astype(np.float32) for i in (1, 2, 3))
-        across = ((np.arange(2 * size, dtype=np.float32) + 0.5) / size - 1) * np.float32(VIEW)
+        across = ((np.arange(4 * size, dtype=np.float32) + 0.5) / (2 * size) - 1) * np.float32(VIEW)
         angle = np.deg2rad(angle * TURN) - across      # (n, columns)
         dx, dy = np.cos(angle), np.sin(angle)
         depth, through_y, i, j = self.cast(maze, x, y, dx, dy)
         along = np.where(through_y, x + depth * dx, y + depth * dy) % 1
         color = self.color[maze[:, None], i, j] * np.where(through_y, 0.8, 1)[..., None]
 
-        up = -across[:, None]                          # (rows, 1)
+        up = -across[size:-size, None]                 # (rows, 1): half as far as to the sides
         height = (EYE + up * depth[:, None]) / WALL    # (n, rows, columns), 0 .. 1 on the wall
         wall = (height > 0) & (height < 1)
         flat = np.where(up < 0, EYE, WALL - EYE) / abs(up)               # to floor or ceiling
@@ -153,7 +154,7 @@ class World:
         image = np.where(wall[..., None], color[:, None].astype(np.float32), np.where(
             up[..., None] < 0, self.floor[maze, None, None], self.ceiling[maze, None, None]))
         image *= tone[..., None]                       # (n, rows, columns, 3)
-        image = image.reshape(len(pose), size, 2, size, 2, 3).mean((2, 4))
+        image = image.reshape(len(pose), size, 2, 2 * size, 2, 3).mean((2, 4))
         return (image * 255).round().astype(np.uint8)
 
     def cast(self, maze, x, y, dx, dy):
@@ -210,8 +211,8 @@ PATTERNS = np.where([(height < 0.5) ^ (along < 0.5), along < 0.5, (abs(height - 
                      (abs(along - 0.5) < 0.3)], 0.6, 1).astype(np.float32)
 
 
-def demo_clips(world, count, length, size=32, seed=0):
-    """Random walks: frames (count, length, size, size, 3) uint8, actions (count, length) int64,
+def demo_clips(world, count, length, size=24, seed=0):
+    """Random walks: frames (count, length, size, 2 * size, 3) uint8, actions (count, length) int64,
     poses (count, length, 4). The walker likes to go on with what it does, and mostly turns at
     walls: what a step into one does has to be seen as well."""
     rng = np.random.default_rng(seed)
@@ -252,7 +253,7 @@ class Data:
         if self.world is None:
             return None
         poses = self.world.walk(self.poses[:len(actions), GIVEN - 1], actions.cpu().numpy())
-        frames = self.world.render(poses, self.test.shape[-1])
+        frames = self.world.render(poses, self.test.shape[-2])
         return torch.from_numpy(frames).permute(0, 1, 4, 2, 3)
 
 
@@ -331,7 +332,8 @@ def main():
     model = VQVAE(Quantizer(args.num_codes, args.code_dim, beta=args.beta), Gaussian(variance),
                   hidden=args.hidden, res_hidden=args.res_hidden).to(run.device)
     prior = VideoPrior(args.num_codes, 0 if args.no_actions else len(data.names),
-                       args.prior_channels, args.prior_layers, context=GIVEN).to(run.device)
+                       args.prior_channels, args.prior_layers, context=GIVEN)
+    prior.to(run.device, memory_format=torch.channels_last)
     weights = [sum(p.numel() for p in net.parameters()) for net in (model, prior)]
     run.say("{} clips of {} frames of {}x{}x{} for training, {} for testing; ".format(
         *train.shape, len(test)) + "weights: VQ-VAE {:,}, prior {:,}".format(*weights))
