@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import nbformat
 import torch
 
 import prior
@@ -11,6 +12,9 @@ import vqvae
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 TESTS = "\n".join(p.read_text() for p in (ROOT / "tests").glob("test_*.py"))
+SECTIONS = [line[3:] for cell in nbformat.read(ROOT / "tutorial.ipynb", as_version=4).cells
+            if cell.cell_type == "markdown" for line in cell.source.splitlines()
+            if line.startswith("## ")]
 
 
 def table(heading):
@@ -31,10 +35,10 @@ def test_snippets_print_what_their_comments_say():
         assert printed == said
 
 
-def test_the_paper_map_points_at_code_and_tests_that_exist():
+def test_the_paper_map_points_at_code_tests_and_notebook_sections_that_exist():
     rows = table("From the paper to the code")
     assert len(rows) >= 7
-    for paper, code, tests in rows:
+    for paper, code, tests, sections in rows:
         owner = ""
         for name in re.findall(r"`([\w.]+)`", code):
             owner = owner if name.startswith(".") else name.split(".")[0]
@@ -46,6 +50,8 @@ def test_the_paper_map_points_at_code_and_tests_that_exist():
         for name in re.findall(r"`([\w./]+)`", tests):
             exists = (ROOT / name).exists() if "/" in name else f"def {name}(" in TESTS
             assert exists, f"{paper}: there is no {name}"
+        for section in sections.split("; "):
+            assert section in SECTIONS, f"{paper}: the notebook has no section '{section}'"
 
 
 def resolve(module, dotted):
