@@ -490,11 +490,15 @@ def make_model(args, variance):
     likelihood = Categorical() if args.likelihood == "categorical" else Gaussian(variance)
     widths = dict(hidden=args.hidden, res_hidden=args.res_hidden)
     if args.model == "vae":
-        return VAE(likelihood, args.latents, **widths)
-    if args.model == "vimco":
-        return VIMCO(likelihood, args.num_codes, args.num_codebooks, args.code_dim, args.samples,
-                     args.vimco_prior, **widths)
-    return VQVAE(make_quantizer(args, args.num_codebooks), likelihood, **widths)
+        model = VAE(likelihood, args.latents, **widths)
+    elif args.model == "vimco":
+        model = VIMCO(likelihood, args.num_codes, args.num_codebooks, args.code_dim, args.samples,
+                      args.vimco_prior, **widths)
+    else:
+        model = VQVAE(make_quantizer(args, args.num_codebooks), likelihood, **widths)
+    if args.likelihood == "categorical":
+        likelihood.start(model.decoder[-1])
+    return model
 
 
 def make_quantizer(args, num_codebooks):

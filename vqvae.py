@@ -364,6 +364,23 @@ class Categorical:
 
     outputs = 256
 
+    def start(self, layer):
+        """Start a decoder's last, transposed convolution as if p(x|z) were a Gaussian.
+
+        Not in the paper. A softmax does not know that 100 lies between 99 and 101, and has to
+        meet each of them before it expects it. With these weights it knows: the bias is a wide
+        bell, a cosine of half a period moves it to darker or brighter, and one of a whole period
+        makes it narrower or wider. All 256 logits stay free to become anything else.
+        """
+        level = (torch.arange(256) + 0.5) / 256                        # 0 .. 1
+        inputs, outputs, *window = layer.weight.shape                  # outputs = C * 256
+        periods = torch.tensor([0.5, 0.5, 0.5, 1]).repeat(inputs)[:inputs, None]
+        wave = (2 * math.pi * periods * level).cos()                   # (inputs, 256)
+        size = torch.randn(inputs, outputs // 256, 1, *window) * 6 / inputs ** 0.5
+        with torch.no_grad():
+            layer.weight.copy_((size * wave[:, None, :, None, None]).flatten(1, 2))
+            layer.bias.copy_((-0.5 * ((level - 0.5) / 0.2) ** 2).repeat(outputs // 256))
+
     def logits(self, out):
         """(B, C * 256, H, W) -> (B, H, W, C, 256): a view when the network is channels_last."""
         return out.permute(0, 2, 3, 1).unflatten(3, (-1, 256))

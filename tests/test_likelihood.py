@@ -92,6 +92,21 @@ def test_categorical_nll_is_the_sum_over_all_colours_and_pixels(layout):
     assert got.tolist() == pytest.approx(nats, rel=1e-5)
 
 
+def test_the_softmax_starts_as_a_bell_that_the_decoder_moves():
+    likelihood, layer = Categorical(), torch.nn.ConvTranspose2d(5, 3 * 256, 4, 2, 1)
+    likelihood.start(layer)
+    level = (np.arange(256) + 0.5) / 256
+    bell = np.exp(-0.5 * ((level - 0.5) / 0.2) ** 2)
+    p = likelihood.logits(layer(torch.zeros(1, 5, 2, 2))).softmax(-1)
+    assert np.abs(p.detach().numpy() - bell / bell.sum()).max() < 1e-6, (
+        "a decoder that says nothing must expect any intensity, those in the middle the most")
+    logits = likelihood.logits(layer(torch.randn(8, 5, 2, 2))).detach()
+    mean = (logits.softmax(-1) * torch.arange(256)).sum(-1)
+    assert mean.std() > 20, "what the decoder says moves the bell"
+    assert logits.diff(dim=-1).abs().max() < 0.05 * (logits.amax(-1) - logits.amin(-1)).max(), (
+        "near intensities get near logits")
+
+
 def test_categorical_image_is_the_mean_of_p():
     out = torch.full((1, 3 * 256, 1, 1), -1e9)
     for c, (low, high) in enumerate([(10, 20), (0, 255), (200, 202)]):
