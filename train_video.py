@@ -50,7 +50,7 @@ FACTOR = 4                                             # pixels a code, each way
 
 PRESETS = {
     # 24 x 48 x 3 -> 6 x 12 codes, for a laptop.
-    "demo": dict(warmup_steps=100, steps=1000, prior_steps=4200, batch_size=32,
+    "demo": dict(warmup_steps=100, steps=1000, prior_steps=4600, batch_size=32,
                  prior_batch_size=48, lr=1e-3, prior_lr=3e-3, lr_decay=0.5, codebook="ema",
                  num_codes=128, code_dim=32, hidden=48, res_hidden=32, prior_channels=32,
                  prior_layers=2),
