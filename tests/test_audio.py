@@ -81,6 +81,9 @@ def test_mu_law_keeps_every_level_and_the_formula_of_the_standard():
     x = torch.tensor([-2.0, -1.0, -0.5, 0.01, 0.5, 1.0, 2.0], dtype=torch.float64)
     by_hand = [math.copysign(math.log(1 + 255 * min(abs(v), 1), 256), v) for v in x.tolist()]
     assert audio.mu_law(x).tolist() == [round((v + 1) / 2 * 255) for v in by_hand]
+    undone = [math.copysign(((1 + 255) ** abs(v) - 1) / 255, v)
+              for v in (level / 255 * 2 - 1 for level in range(256))]
+    assert torch.allclose(audio.inverse_mu_law(levels), torch.tensor(undone), atol=1e-6)
 
 
 def test_mu_law_error_is_small_near_zero():
