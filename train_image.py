@@ -427,6 +427,8 @@ def main():
         stop("--samples 1: VIMCO judges each sample by the others, so it needs at least 2")
     if args.second_stage and args.model != "vqvae":
         stop(f"--second-stage works on the codes of --model vqvae; --model {args.model} has none")
+    if args.data is None:
+        run.say(f"rendering {args.demo_images} scenes")
     data = load_data(args)
     train, test = (x.permute(0, 3, 1, 2).to(run.device)                # (N, 3, H, W), in place
                    for x in (data.train, data.test))

@@ -325,6 +325,8 @@ def make_parser():
 def main():
     run = Run(make_parser())
     args = run.args
+    if args.data is None:
+        run.say(f"rendering {args.demo_clips} clips")
     data = load_data(args)
     train, test = data.train.to(run.device), data.test.to(run.device)    # (N, T, 3, H, W)
     variance = float(to_unit(train[::max(1, len(train) // 100), 0]).var())

@@ -876,7 +876,8 @@ class Run:
         evaluate() -> dict of numbers for the log, called some 20 times, in eval mode.
         """
         if examples < batch_size:
-            stop(f"{examples} training examples are fewer than --batch-size {batch_size}")
+            stop(f"stage {stage}: {examples} training examples are fewer than a batch of "
+                 f"{batch_size}; see --batch-size, --prior-batch-size")
         if batch_size % self.world:
             stop(f"--batch-size {batch_size} does not divide among {self.world} processes")
         self.make_folder()

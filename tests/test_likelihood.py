@@ -107,6 +107,14 @@ def test_the_softmax_starts_as_a_bell_that_the_decoder_moves():
         "near intensities get near logits")
 
 
+@pytest.mark.parametrize("kind", MODELS)
+def test_every_model_of_sec_4_1_starts_like_that(kind):
+    flags = ["--model", kind, "--likelihood", "categorical", "--hidden", "8", "--res-hidden", "8"]
+    model = train_image.make_model(train_image.make_parser().parse_args(flags), variance=1.0)
+    bias = model.decoder[-1].bias.detach().view(3, 256)
+    assert (bias.argmax(1) // 2 == 63).all() and bias.amin() < -3, "a bell around the middle"
+
+
 def test_categorical_image_is_the_mean_of_p():
     out = torch.full((1, 3 * 256, 1, 1), -1e9)
     for c, (low, high) in enumerate([(10, 20), (0, 255), (200, 202)]):
