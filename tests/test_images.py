@@ -254,7 +254,7 @@ def test_an_array_that_would_run_code_is_refused(main, capsys, tmp_path):
 def test_fewer_images_than_a_batch(main, capsys, tmp_path):
     np.save(tmp_path / "a.npy", noise(20, 8, 8, 3))
     line = stopped(capsys, main, "--data", tmp_path / "a.npy", "--batch-size", "19")
-    assert "18 training examples" in line and "--batch-size 19" in line
+    assert "18 training examples" in line and "batch of 19" in line and "--batch-size" in line
 
 
 def test_size_of_the_demo_that_the_strides_do_not_divide(main, capsys):
