@@ -343,7 +343,7 @@ def test_nan_loss_stops_names_the_step_and_keeps_the_checkpoint(make_run, capsys
 def test_fewer_examples_than_a_batch(make_run, capsys):
     run = make_run("--batch-size", "32")
     line = stopped(capsys, train, run, network())
-    assert "20 training examples" in line and "--batch-size 32" in line
+    assert "20 training examples" in line and "batch of 32" in line and "--batch-size" in line
 
 
 @pytest.mark.parametrize("flags, named", [
