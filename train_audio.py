@@ -737,7 +737,7 @@ def sheet(run, name, rows):
             power = torch.stft(x, 256, 64, window=torch.hann_window(256), return_complex=True)
             image.imshow((power.abs() + 1e-3).log(), origin="lower", aspect="auto", cmap="magma",
                          vmin=-5, vmax=3.5, extent=(0, len(x) / rate, 0, rate / 2000))
-            image.set(ylabel="kHz")
+            image.set(ylabel="kHz", xlabel="seconds" if row is rows[-1] else "")
     figure.savefig(run.out / f"{name}.png", dpi=80)
 
 
