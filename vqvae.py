@@ -877,7 +877,7 @@ class Run:
         """
         if examples < batch_size:
             stop(f"stage {stage}: {examples} training examples are fewer than a batch of "
-                 f"{batch_size}; see --batch-size, --prior-batch-size")
+                 f"{batch_size} (--batch-size, or --prior-batch-size where there is one)")
         if batch_size % self.world:
             stop(f"--batch-size {batch_size} does not divide among {self.world} processes")
         self.make_folder()

@@ -105,6 +105,11 @@ def test_the_softmax_starts_as_a_bell_that_the_decoder_moves():
     assert mean.std() > 20, "what the decoder says moves the bell"
     assert logits.diff(dim=-1).abs().max() < 0.05 * (logits.amax(-1) - logits.amin(-1)).max(), (
         "near intensities get near logits")
+    darker, wider = torch.zeros(2, 1, 5, 2, 2)
+    darker[:, 0], wider[:, 3] = 1, 1
+    darker, wider = (likelihood.logits(layer(h)).softmax(-1).detach() for h in (darker, wider))
+    assert torch.allclose(wider, wider.flip(-1), atol=1e-6), "every fourth input leaves the mean"
+    assert (wider.amax(-1).std() > 1e-3) and not torch.allclose(darker, darker.flip(-1), atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", MODELS)
