@@ -19,7 +19,7 @@ import torch
 
 import train_image
 from prior import PixelCNN
-from test_run import python, stopped
+from test_run import stopped
 from train_image import bits_per_code, encode_all, fitted_prior, load_cifar10, measure
 from vqvae import (VAE, VIMCO, VQVAE, Categorical, Gaussian, VectorQuantizer, VectorQuantizerEMA,
                    bits_per_dim, gaussian_kl, map_gap, to_unit, vimco)
@@ -688,10 +688,11 @@ def folder(tmp_path_factory):
     (folder / "data" / "cifar-10-batches-bin").mkdir(parents=True)
     for name, content in cifar10_files()[0].items():
         (folder / "data" / "cifar-10-batches-bin" / name).write_bytes(content)
-    for kind in MODELS:                                # --data cifar10 --data-dir data by default
-        done = python("-m", "train_image", *TINY, "--model", kind, "--out", folder / kind,
-                      cwd=folder)
-        assert done.returncode == 0, done.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)                            # --data cifar10 --data-dir data by default
+        for kind in MODELS:
+            patch.setattr(sys, "argv", ["train_image.py", *TINY, "--model", kind, "--out", kind])
+            train_image.main()
     return folder
 
 
