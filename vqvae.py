@@ -1305,7 +1305,7 @@ def read_checkpoint(file):
         kinds = ({"script": str, "args": dict, "facts": dict} if file.name == "checkpoint.pt" else
                  {"step": int, "steps": int, "rows": list, "sums": dict, "model": dict,
                   "optimizer": dict, "best": (dict, type(None)), "seconds": float})
-        if all(isinstance(state[name], kind) for name, kind in kinds.items()):
+        if type(state) is dict and all(isinstance(state[k], kinds[k]) for k in kinds):
             return state
     except FileNotFoundError:
         raise ValueError(f"there is no {file}") from None
