@@ -1012,7 +1012,7 @@ class Run:
         """
         steps = 1 if self.rehearsing else steps
         batch_size = min(batch_size, len(data)) if self.rehearsing else batch_size
-        check_batch(len(data), batch_size, f"stage {stage}")
+        check_batch(len(data), batch_size, f"stage {stage}", "--batch-size or --prior-batch-size")
         if not self.rehearsing:
             if batch_size % self.world:
                 stop(f"--batch-size {batch_size} does not divide among {self.world} processes")
@@ -1432,11 +1432,9 @@ def make_quantizer(args, num_codebooks=1):
     return Quantizer(args.num_codes, args.code_dim, args.beta, num_codebooks=num_codebooks)
 
 
-def check_batch(examples, batch_size, what, flag="--batch-size"):
+def check_batch(examples, batch_size, what, flag):
     if examples < batch_size:
-        stop(f"{what}: {examples} training examples are fewer than a batch of {batch_size} "
-             f"({flag}" + (", or --prior-batch-size where there is one)" if flag == "--batch-size"
-                           else ")"))
+        stop(f"{what}: {examples} training examples are fewer than a batch of {batch_size} ({flag})")
 
 
 def plain(text, most=40):
