@@ -30,15 +30,22 @@ Needs torch and nothing else. Section 1 stands alone: copy it.
 
 import argparse
 import csv
+import hashlib
+import io
+import itertools
 import json
 import math
 import os
-import pickle
 import random
+import re
 import signal
 import sys
+import tempfile
 import time
-from copy import deepcopy
+import traceback
+import zlib
+from contextlib import contextmanager
+from copy import copy
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -48,6 +55,11 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
+
+try:
+    import fcntl
+except ImportError:  # Windows: two runs in one folder are not noticed there
+    fcntl = None
 
 # ---------------------------------------------------------------------------------------------
 # 1. Quantisation: from a vector z_e(x) to an index k, and on to e_k (sec. 3.1, 3.2, A.1)
@@ -881,34 +893,95 @@ def code_nll(decoder, codes, z):
 
 # ---------------------------------------------------------------------------------------------
 # 7. Running an experiment. What train_image.py, train_audio.py and train_video.py share: flags,
-#    the training loop, checkpoints, several processes. The paper ends above this line.
+#    data on their way to the device, the training loop, checkpoints, several processes, pictures.
+#    The paper ends above this line.
 # ---------------------------------------------------------------------------------------------
 
 
-def stop(message):
-    """Bad input: one line that says what is wrong, exit status 2."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
+def launch(parser, load_data, main, use=None):
+    """What `python train_x.py` does. main(run, data) is the experiment, told as the paper tells
+    it; use(args) works on a finished run, if one of the flags in parser.uses is given.
+
+    All bad luck ends here, in one line and exit status 2: what the loaders find wrong
+    (ValueError), what the operating system and the allocator refuse, and what would fail after
+    hours of training, because it fails in the rehearsal.
+    """
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="backslashreplace")  # a terminal without this letter
+    try:
+        args = parser.parse_args()
+        if any(getattr(args, name) is not None for name in parser.uses):
+            return use(args)
+        run = Run(parser)
+        data = load_data(run)
+        run.check_data(data.facts)
+        run.rehearse(main, data.few())
+    except ValueError as e:
+        stop(str(e))
+    except (OSError, MemoryError, RuntimeError) as e:
+        stop(reason(e))
+    except KeyboardInterrupt:
+        stop("interrupted before training; nothing was written", status=130)
+    try:
+        main(run, data)
+    except (OSError, MemoryError, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and not re.search("memory|alloc", str(e)):
+            raise  # a fault of the program: its traceback is needed
+        stop(f"{reason(e)}; what was saved before is kept, --resume continues from it")
+
+
+def stop(message, status=2):
+    """One line that says what is wrong, and the exit status of bad input."""
+    print(f"error: {' '.join(message.split())[:1000]}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+def reason(error):
+    """An exception in half a line."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    name = getattr(error, "filename", None)
+    return f"{name}: {text}" if name else " ".join(text.split())[:300]
+
+
+@contextmanager
+def reading(path):
+    """Whatever a file of the user's makes a library raise becomes ValueError("path: ...")."""
+    try:
+        yield
+    except Exception as e:
+        raise ValueError(f"{path}: not readable ({reason(e)[:160]})") from e
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with the flags that all scripts have, and its errors in one line."""
+    """argparse with the flags that all scripts have, and its errors in one line.
+
+    uses: flags that work on a finished run. free: flags that --resume lets differ from those the
+    run was begun with, because they shape neither the data nor the models.
+    """
+
+    uses = ()
+    free = {"out", "data", "device", "precision", "resume", "steps", "prior_steps", "batch_size",
+            "lr", "lr_decay", "keep"}
 
     def __init__(self, name, presets, **kwargs):
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
-        self.presets = presets
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+                         **kwargs)
+        self.name, self.presets = name, presets
         flag = self.add_argument
         flag("--preset", choices=presets, default="demo", help="a set of defaults for the flags "
              "below (default demo); flags given beside it win")
-        flag("--data", metavar="PATH", help="own data; without it the script makes its demo data")
-        flag("--out", default=f"runs/{name}", help="folder for everything the run writes "
-             "(default %(default)s)")
+        flag("--data", type=path, metavar="PATH", help="your own data; without it the script makes "
+             "its demo data")
+        flag("--out", type=path, default=f"runs/{name}", help="folder for everything the run "
+             "writes (default %(default)s)")
         flag("--steps", type=positive(int), help="training steps of stage one")
         flag("--prior-steps", type=positive(int), help="training steps of the prior")
-        flag("--batch-size", type=positive(int), help="examples a step, over all processes")
+        flag("--batch-size", type=positive(int), help="examples per step, over all processes")
         flag("--lr", type=positive(float), help="Adam's learning rate (paper 2e-4)")
         flag("--lr-decay", type=fraction, default=0.0, metavar="F", help="let the learning rate "
              "fall linearly to zero over this last part of each stage (paper 0)")
+        flag("--clip-norm", type=positive(float), help="scale gradients down to this norm (paper "
+             "none)")
         flag("--codebook", choices=["loss", "ema"], default="loss", help="how the codebook learns: "
              "by eq. 3, term 2 (default, the paper's experiments) or moving averages (A.1)")
         flag("--num-codes", type=positive(int), default=512, help="K (default and paper 512; 128 "
@@ -919,12 +992,15 @@ class Parser(argparse.ArgumentParser):
         flag("--hidden", type=positive(int), help="channels of encoder and decoder (paper 256 for "
              "CIFAR-10)")
         flag("--prior-channels", type=positive(int), help="channels of the prior")
-        flag("--seed", type=int, default=0, help="of data, weights, batches and samples")
+        flag("--seed", type=natural, default=0, help="of data, weights, batches and samples")
         flag("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
         flag("--precision", choices=["fp32", "bf16"], default="fp32", help="bf16: autocast in "
              "training; the search for the nearest code stays in float32")
-        flag("--resume", action="store_true", help="go on from checkpoint.pt in --out, with its "
-             "flags; flags given beside it win")
+        flag("--keep", choices=["best", "last"], default="best", help="the weights of the lowest "
+             "validation loss (default) or the last ones")
+        flag("--finetune", type=path, metavar="RUN", help="start from the weights of a finished "
+             "run of the same models")
+        flag("--resume", action="store_true", help="continue the run in --out, with its flags")
 
     def error(self, message):
         stop(f"{message} (see --help)")
@@ -934,11 +1010,18 @@ def positive(kind):
     """argparse type: a number of that kind above zero."""
     def convert(text):
         value = kind(text)
-        if not 0 < value < math.inf:
+        if not 0 < value < 2 ** 62:
             raise ValueError
         return value
     convert.__name__ = f"positive {kind.__name__}"
     return convert
+
+
+def natural(text):
+    value = int(text)
+    if not 0 <= value < 2 ** 63:
+        raise ValueError
+    return value
 
 
 def fraction(text):
@@ -948,6 +1031,12 @@ def fraction(text):
     return value
 
 
+def path(text):
+    if not text.strip():
+        raise ValueError
+    return text
+
+
 class Run:
     """One experiment: its flags, its folder, its device and processes, and how far it is.
 
@@ -955,229 +1044,540 @@ class Run:
     saved for a resumed run to equal one that never stopped.
     """
 
+    rehearsing = False
+
     def __init__(self, parser):
         args = parser.parse_args()
-        self.started, self.seconds_before, self.stages, self.rows = time.time(), 0.0, {}, []
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.out = Path(args.out)
-        self.device = pick_device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
+        self.script, self.free, self.facts, self.rows = parser.name, parser.free, {}, {}
+        self.started, self.seconds_before, self.folder_made = time.time(), 0.0, False
+        self.rank, self.world, self.local_rank = (
+            process_number(*p) for p in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        self.out = self.home = Path(args.out)          # a rehearsal writes elsewhere than home
+        self.device = pick_device(args.device, self.local_rank)
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         # Later defaults win: script < preset < checkpoint < what was typed.
         parser.set_defaults(**parser.presets[args.preset])
+        self.saved = self.read("checkpoint.pt") if args.resume else None
         if args.resume:
-            saved = self.load()
-            self.stages, self.rows = saved["stages"], saved["log"]
-            self.seconds_before = saved["seconds"]
-            parser.set_defaults(**{k: v for k, v in saved["args"].items()
+            if self.saved["script"] != self.script:
+                stop(f"--resume: {self.out} holds a run of train_{self.saved['script']}.py")
+            parser.set_defaults(**{k: v for k, v in self.saved["args"].items()
                                    if k not in ("out", "device", "resume")})
         self.args = parser.parse_args()
-        self.fresh = not args.resume
+        for name, value in (self.saved["args"] if args.resume else {}).items():
+            if name not in self.free and getattr(self.args, name, value) != value:
+                stop(f"--resume: --{name.replace('_', '-')} {getattr(self.args, name)} differs "
+                     f"from {value}, with which this run was begun; --out starts another one")
         torch.manual_seed(self.args.seed)
+
+    def check_data(self, facts):
+        """facts: what the data is, as far as models and results depend on it; the same on resume."""
+        self.facts = facts
+        for name, value in (self.saved["facts"] if self.saved else {}).items():
+            if facts.get(name) != value:
+                stop(f"--resume: the data is not that of this run: {name} was {str(value)[:80]}, "
+                     f"is {str(facts.get(name))[:80]}")
+
+    def rehearse(self, main, few):
+        """The whole experiment on a handful of examples, one step a stage, into a folder that is
+        thrown away: what would fail after hours fails now. No random number is moved."""
+        twin = copy(self)
+        twin.rehearsing, twin.rows = True, {}
+        try:
+            gpus = [self.device] if self.device.type == "cuda" else []
+            with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(gpus):
+                twin.out = Path(folder)
+                main(twin, few)
+        except Exception as e:
+            where = traceback.extract_tb(e.__traceback__)[-1]
+            stop(f"these flags and data do not work together: {type(e).__name__}, {reason(e)} "
+                 f"({Path(where.filename).name}, line {where.lineno}; found in a rehearsal, "
+                 "nothing was trained or written)")
 
     def make_folder(self):
         """Called when training begins: until then flags and data may turn out to be bad."""
-        if self.rank != 0:
+        if self.rank or self.folder_made:
             return
         try:
             self.out.mkdir(parents=True, exist_ok=True)
-            if self.fresh and self.checkpoint.exists():  # a slip of the finger must not cost a run
-                self.checkpoint.replace(self.out / "checkpoint.old.pt")
-            self.fresh = False
-            self.write("config.json", json.dumps({
-                **vars(self.args), "torch": torch.__version__, "device_used": str(self.device),
-                "processes": self.world}, indent=1))
+            if fcntl:  # two runs at once would overwrite each other; freed however this one ends
+                self.lock = os.open(self.out, os.O_RDONLY)
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            stop(f"--out {self.out}: another run is writing there")
         except OSError as e:
             stop(f"--out {self.out} cannot be written: {e.strerror}")
+        if not self.saved and any(self.out.glob("checkpoint*.pt")):
+            # Forgetting --resume must not cost a run: everything of it moves aside.
+            old = next(d for n in itertools.count(1) if not (d := self.out / f"old-{n}").exists())
+            files = [f for f in self.out.iterdir() if f.is_file()]
+            old.mkdir()
+            for file in files:
+                file.rename(old / file.name)
+            self.say(f"the run that was in {self.out} is in {old} now")
+        args, self.folder_made = vars(self.args), True
+        self.write("config.json", lambda f: f.write(json.dumps({
+            **args, "torch": torch.__version__, "device_used": str(self.device),
+            "processes": self.world}, indent=1).encode()))
+        self.write("checkpoint.pt", lambda f: torch.save(
+            {"script": self.script, "args": args, "facts": self.facts}, f))
 
     # -- training ------------------------------------------------------------------------------
 
-    def fit(self, stage, model, loss, examples, steps, batch_size, lr, evaluate=None):
-        """Minimise loss by Adam, or go on where the checkpoint says that this stage stopped.
+    def fit(self, stage, model, loss, data, steps, batch_size, lr, valid=None):
+        """Minimise loss by Adam, or continue where the checkpoint says that this stage stopped.
 
-        loss(net, index) -> (scalar, stats): net is the model (wrapped when there are several
-        processes), index (batch_size / processes,) int64 picks training examples. stats maps
-        names to tensors: scalars are averaged since the last line of the log; vectors are
-        counts, and the log says how many were not zero ("codes used").
-        evaluate() -> dict of numbers for the log, called some 20 times, in eval mode.
+        data, valid: data sets that answer a list of indices with a tuple of CPU tensors, a whole
+        batch (torch.utils.data.TensorDataset does).
+        loss(net, *batch) -> (scalar, stats): net is the model (wrapped when there are several
+        processes). stats maps names to tensors: scalars are averaged since the last line of the
+        log; vectors are counts, and the log says how many were not zero ("codes used").
+        valid is measured some 20 times; --keep best keeps the weights that were best on it.
+        Returns the model in eval mode.
         """
-        if examples < batch_size:
-            stop(f"stage {stage}: {examples} training examples are fewer than a batch of "
-                 f"{batch_size} (--batch-size, or --prior-batch-size where there is one)")
-        if batch_size % self.world:
-            stop(f"--batch-size {batch_size} does not divide among {self.world} processes")
-        self.make_folder()
+        steps = 1 if self.rehearsing else steps
+        batch_size = min(batch_size, len(data)) if self.rehearsing else batch_size
+        check_batch(len(data), batch_size, f"stage {stage}", "--batch-size or --prior-batch-size")
+        if not self.rehearsing:
+            if batch_size % self.world:
+                stop(f"--batch-size {batch_size} does not divide among {self.world} processes")
+            self.make_folder()
         model.to(self.device).train()
         optimizer = torch.optim.Adam(model.parameters(), lr=lr)
-        first = self.restore(stage, model, optimizer)
+        for quantizer in (m for m in model.modules() if isinstance(m, VectorQuantizer)):
+            quantizer.reset_moments(optimizer)
+        state = self.restore(stage, model, optimizer, steps)
         net = model
-        if self.world > 1 and first < steps:
+        if self.world > 1 and state["step"] < steps and not self.rehearsing:
             net = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
-        every, share = max(1, steps // 200), batch_size // self.world
-        sums, since, begun, saved_at = {}, 0, time.time(), time.time()
-        bad = torch.full((), -1, device=self.device)   # first step whose loss was not finite
+        begun, saved_at, first = time.time(), time.time(), state["step"]
+        self.rows[stage] = state["rows"]
         with Interrupt() as interrupt:
-            for step in range(first, steps):
-                # The joint batch is the same in every process, and each takes its share of it.
-                index = torch.randint(examples, (batch_size,),
-                                      generator=torch.Generator().manual_seed(
-                                          mix(self.args.seed, stage, step)))
-                index = index[self.rank * share:(self.rank + 1) * share].to(self.device)
-                torch.manual_seed(mix(self.args.seed, stage, step, self.rank))  # noise in models
+            for batch in self.loader(data, stage, range(first, steps), batch_size):
+                torch.manual_seed(mix(self.args.seed, stage, state["step"], self.rank))
                 for group in optimizer.param_groups:
-                    group["lr"] = lr * schedule(step, steps, self.args.lr_decay)
-                with torch.autocast(self.device.type, torch.bfloat16,
-                                    enabled=self.args.precision == "bf16"):
-                    value, stats = loss(net, index)
+                    group["lr"] = lr * schedule(state["step"], steps, self.args.lr_decay)
+                value, stats = self.forward(loss, net, batch)
                 optimizer.zero_grad()
                 value.backward()
+                if self.args.clip_norm:
+                    nn.utils.clip_grad_norm_(model.parameters(), self.args.clip_norm)
                 optimizer.step()
+                self.count(state, {"loss": value, **stats})
 
-                # No .item() here: it would make a GPU wait for Python at every step.
-                bad = torch.where((bad < 0) & ~value.detach().isfinite(), step + 1, bad)
-                for name, x in {"loss": value, **stats}.items():
-                    sums[name] = sums.get(name, 0) + x.detach()
-                since += 1
-                done = step + 1
-                if done % every and done != steps and not interrupt.asked:
-                    continue
-                if bad >= 0:
-                    stop(f"the loss of stage {stage} is not finite at step {int(bad)}: try a "
-                         f"lower --lr; a checkpoint written before is kept, --resume goes on "
-                         "from it")
-                row = {"stage": stage, "step": done, "seconds": round(self.seconds, 1)}
-                row.update({name: (x > 0).sum().item() if x.ndim else x.item() / since
-                            for name, x in sums.items()})
-                if evaluate and (done == steps or done % (every * 10) == 0):
-                    model.eval()
-                    row.update(evaluate())
-                    model.train()
-                self.rows.append(row)
-                sums, since = {}, 0
-                self.progress(row, steps, (done - first) / (time.time() - begun))
-                if done == steps or interrupt.asked or time.time() - saved_at > 60:
-                    self.stages[stage] = deepcopy({  # state_dict() alone follows the training
-                        "model": model.state_dict(), "step": done,
-                        "optimizer": optimizer.state_dict()})
-                    self.save()
+                asked = self.agree(interrupt.asked, state["step"])
+                every, last = max(1, steps // 200), state["step"] == steps
+                if last or state["step"] % every == 0:
+                    row = self.make_row(stage, state)
+                    if valid is not None and (last or state["step"] % (10 * every) == 0):
+                        row |= self.validate(stage, state, model, loss, valid, batch_size)
+                    self.progress(row, steps, (state["step"] - first) / (time.time() - begun))
+                if last or asked or time.time() - saved_at > 60:
+                    self.save(stage, state, model, optimizer, loss, batch)
                     saved_at = time.time()
-                if interrupt.asked:
-                    self.say(f"stopped at step {done} of stage {stage}; go on with:  "
+                if asked:
+                    if self.rehearsing:
+                        raise KeyboardInterrupt
+                    self.say(f"stopped at step {state['step']} of stage {stage}; continue with:  "
                              f"{command()} --resume --out {self.out}")
                     raise SystemExit(130)
+        if state["best"] and self.args.keep == "best":
+            model.load_state_dict(state["best"]["model"])
         return model.eval()
 
-    def restore(self, stage, model, optimizer):
-        """Load what the checkpoint has of this stage; returns the number of steps done."""
-        saved = self.stages.get(stage)
-        if saved is None:
-            return 0
-        try:
-            model.load_state_dict(saved["model"])
-            optimizer.load_state_dict(saved["optimizer"])
-        except (RuntimeError, ValueError) as e:
-            reason = " ".join(str(e).split())[:200]
-            stop(f"{self.checkpoint} holds another model for stage {stage}: {reason}")
-        return saved["step"]
+    def loader(self, data, stage, steps, batch_size):
+        """The batches of these steps, on the device. The joint batch of a step is a function of
+        (seed, stage, step) alone, and each process takes its share of it."""
+        gpu, share = self.device.type == "cuda", batch_size // self.world
+        rank = self.rank if not self.rehearsing else 0
 
-    def fitted(self, stage, steps):
-        """True if the checkpoint has this stage complete."""
-        return self.stages.get(stage, {}).get("step", 0) >= steps
+        def indices():
+            for step in steps:
+                generator = torch.Generator().manual_seed(mix(self.args.seed, stage, step))
+                index = torch.randint(len(data), (batch_size,), generator=generator)
+                yield index[rank * share:(rank + 1) * share]
+
+        batches = torch.utils.data.DataLoader(
+            data, batch_size=None, sampler=indices(), num_workers=4 * gpu, pin_memory=gpu,
+            worker_init_fn=ignore_interrupts, generator=torch.Generator())
+        for batch in batches:
+            yield [x.to(self.device, non_blocking=True) for x in batch]
+
+    def forward(self, loss, net, batch):
+        with torch.autocast(self.device.type, torch.bfloat16,
+                            enabled=self.args.precision == "bf16"):
+            return loss(net, *batch)
+
+    def count(self, state, stats):
+        """Add a step to what the next line of the log will say. No .item() here: it would make a
+        GPU wait for Python at every step."""
+        state["step"] += 1
+        # The first step whose loss was not finite.
+        bad = state.get("bad", torch.full((), -1, device=self.device))
+        unseen = (bad < 0) & ~stats["loss"].detach().isfinite()
+        state["bad"] = torch.where(unseen, state["step"], bad)
+        sums = state["sums"]
+        for name, x in {**stats, "steps": torch.ones((), device=self.device)}.items():
+            sums[name] = sums.get(name, 0) + x.detach()
+
+    def make_row(self, stage, state):
+        """A line of the log from what was counted since the last one, over all processes."""
+        self.check_finite(stage, state)
+        sums, state["sums"] = state["sums"], {}
+        if self.world > 1 and not self.rehearsing:
+            for x in sums.values():
+                dist.all_reduce(x)
+        steps = sums.pop("steps").item()
+        row = {"stage": stage, "step": state["step"], "seconds": round(self.seconds, 1)}
+        row.update({name: (x > 0).sum().item() if x.ndim else x.item() / steps
+                    for name, x in sums.items()})
+        state["rows"].append(row)
+        return row
+
+    def check_finite(self, stage, state):
+        if state["bad"] >= 0:
+            stop(f"the loss of stage {stage} is not finite at step {int(state['bad'])}: try a lower "
+                 "--lr" + ("; a checkpoint written before is kept, --resume continues from it"
+                           if (self.home / f"checkpoint-{stage}.pt").exists() else ""))
+
+    @torch.no_grad()
+    def validate(self, stage, state, model, loss, valid, batch_size, most=16):
+        """The loss and stats of evenly spread validation examples, the same every time."""
+        index = torch.linspace(0, len(valid) - 1, min(len(valid), most * batch_size)).long()
+        sums = {}
+        model.eval()
+        torch.manual_seed(mix(self.args.seed, stage, "validation"))
+        for part in index.split(batch_size):
+            value, stats = self.forward(loss, model, [x.to(self.device) for x in valid[part]])
+            for name, x in {"loss": value, **stats}.items():
+                sums[name] = sums.get(name, 0) + x * (1 if x.ndim else len(part) / len(index))
+        model.train()
+        found = {f"valid_{k}": (x > 0).sum().item() if x.ndim else x.item()
+                 for k, x in sums.items()}
+        if state["best"] is None or found["valid_loss"] < state["best"]["loss"]:
+            weights = {k: v.detach().to("cpu", copy=True) for k, v in model.state_dict().items()}
+            state["best"] = {"loss": found["valid_loss"], "step": state["step"], "model": weights}
+        return found
+
+    def agree(self, asked, step):
+        """Ctrl-C reaches processes at different steps: they stop together, at a multiple of ten."""
+        if self.world == 1 or self.rehearsing:
+            return asked
+        if step % 10:
+            return False
+        flag = torch.tensor(float(asked), device=self.device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag)
 
     # -- files ---------------------------------------------------------------------------------
 
-    @property
-    def checkpoint(self):
-        return self.out / "checkpoint.pt"
+    def restore(self, stage, model, optimizer, steps):
+        """The state of this stage: a new one, or the checkpoint's, loaded into the model."""
+        state = {"step": 0, "steps": steps, "rows": [], "sums": {}, "best": None}
+        name, source = f"checkpoint-{stage}.pt", self.args.finetune
+        # What a forgotten --resume leaves in the folder belongs to another run.
+        if self.saved and self.exists(name):
+            saved = self.read(name)
+            try:
+                model.load_state_dict(saved["model"])
+                optimizer.load_state_dict(saved["optimizer"])
+                state.update({k: saved[k] for k in ("step", "rows", "best")})
+                if self.rank == 0:
+                    state["sums"] = {k: x.to(self.device) for k, x in saved["sums"].items()}
+                self.seconds_before = max(self.seconds_before, saved["seconds"])
+            except Exception as e:
+                stop(f"{self.home / name} holds another model for stage {stage}: {reason(e)}")
+        elif source:
+            _, _, [weights] = read_run(source, self.script, [stage])
+            try:
+                model.load_state_dict(weights)
+            except RuntimeError as e:
+                stop(f"--finetune {source} holds another model for stage {stage}: {reason(e)}")
+        return state
 
     @property
     def seconds(self):
         """Time spent on this run, before and after a resume."""
         return self.seconds_before + time.time() - self.started
 
-    def save(self):
-        """Write checkpoint.pt and log.csv; a run killed in here loses neither."""
-        if self.rank == 0:
-            state = {"args": vars(self.args), "stages": self.stages, "log": self.rows,
-                     "seconds": self.seconds}
-            temporary = self.checkpoint.with_suffix(".tmp")
-            torch.save(state, temporary)
-            os.replace(temporary, self.checkpoint)  # atomic: the old file or the new one
-            self.write_log()
+    @torch.no_grad()
+    def save(self, stage, state, model, optimizer, loss, batch):
+        """Write this stage's checkpoint and log.csv; a run killed in here loses neither."""
+        if self.rank or self.rehearsing:
+            return
+        self.check_finite(stage, state)
+        # The last update may have spoilt the weights: save what another look confirms.
+        value, _ = self.forward(loss, model.eval(), batch)
+        model.train()
+        if not value.isfinite():
+            state["bad"] = torch.tensor(state["step"])
+            self.check_finite(stage, state)
+        keep = {k: v for k, v in state.items() if k != "bad"}
+        self.write(f"checkpoint-{stage}.pt", lambda f: torch.save({
+            **keep, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+            "seconds": self.seconds}, f))
+        rows = [row for stage in self.rows.values() for row in stage]
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+        self.write("log.csv", lambda f: f.write(text.getvalue().encode()))
 
-    def load(self):
-        """The checkpoint, read by the first process and sent to the others."""
-        state = [None]
-        if self.rank == 0:
-            try:
-                state = [torch.load(self.checkpoint, map_location="cpu", weights_only=True)]
-                state[0]["args"], state[0]["stages"], state[0]["log"], state[0]["seconds"]
-            except FileNotFoundError:
-                stop(f"--resume: there is no {self.checkpoint}")
-            except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError,
-                    pickle.UnpicklingError):
-                stop(f"--resume: {self.checkpoint} is torn, or no checkpoint of this project")
+    def exists(self, name):
+        return self.share(lambda: (self.home / name).exists())
+
+    def read(self, name):
+        try:
+            return self.share(lambda: read_checkpoint(self.home / name))
+        except ValueError as e:
+            stop(f"--resume: {e}")
+
+    def share(self, find):
+        """find() by the first process, sent to the others."""
+        found = [find() if self.rank == 0 else None]
         if self.world > 1:
-            dist.broadcast_object_list(state)
-        return state[0]
+            dist.broadcast_object_list(found)
+        return found[0]
 
-    def write(self, name, text):
-        temporary = self.out / (name + ".tmp")
-        temporary.write_text(text)
-        os.replace(temporary, self.out / name)
+    def write(self, name, writer):
+        """Write a file of the run whole, or leave the one that is there."""
+        temporary = self.out / f"{name}.tmp"
+        try:
+            with open(temporary, "wb") as file:
+                writer(file)
+            os.replace(temporary, self.out / name)     # atomic: the old file or the new one
+        except (OSError, RuntimeError) as e:           # torch.save: RuntimeError on a full disk
+            temporary.unlink(missing_ok=True)
+            stop(f"{self.out / name} cannot be written: {reason(e)}; what was saved before is kept")
 
-    def write_log(self):
-        names = list(dict.fromkeys(name for row in self.rows for name in row))
-        temporary = self.out / "log.tmp"
-        with open(temporary, "w", newline="") as f:
-            writer = csv.DictWriter(f, names)
-            writer.writeheader()
-            writer.writerows(self.rows)
-        os.replace(temporary, self.out / "log.csv")
+    def finish(self, metrics):
+        """metrics.json, curves.png and the last words."""
+        if self.rank:
+            return
+        def valid(x):                                  # JSON has neither NaN nor infinity
+            return [valid(y) for y in x] if isinstance(x, list) else (
+                None if isinstance(x, float) and not math.isfinite(x) else x)
+        metrics = {k: valid(v) for k, v in {**metrics, "seconds": round(self.seconds, 1)}.items()}
+        self.write("metrics.json", lambda f: f.write(json.dumps(metrics, indent=1).encode()))
+        self.draw_curves()
+        for name, value in metrics.items():
+            numbers = " ".join(f"{x:.4g}" if isinstance(x, float) else str(x)
+                               for x in (value if isinstance(value, list) else [value]))
+            self.say(f"{name:32} {numbers}")
+        self.say(f"pictures and numbers are in {self.out}")
 
-    def write_curves(self):
-        """curves.png: every number of the log against the step, a panel each."""
-        import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-        skip = ("stage", "step", "seconds")
-        panels = list(dict.fromkeys((row["stage"], name) for row in self.rows
-                                    for name in row if name not in skip))
-        columns = min(4, len(panels))
-        height = -(-len(panels) // columns)
-        figure, axes = plt.subplots(height, columns, figsize=(3.2 * columns, 2.4 * height),
-                                    squeeze=False, layout="constrained")
+    def draw_curves(self):
+        """curves.png: every number of the log against the step, validation beside training."""
+        from matplotlib.figure import Figure
+        rows = [row for stage in self.rows.values() for row in stage]
+        panels = list(dict.fromkeys((row["stage"], name.removeprefix("valid_")) for row in rows
+                                    for name in row if name not in ("stage", "step", "seconds")))
+        columns = min(4, len(panels)) or 1
+        height = -(-len(panels) // columns) or 1
+        figure = Figure((3.2 * columns, 2.4 * height), layout="constrained")
+        axes = figure.subplots(height, columns, squeeze=False)
         for axis, (stage, name) in zip(axes.flat, panels):
-            points = [(r["step"], r[name]) for r in self.rows if r["stage"] == stage and name in r]
-            axis.plot(*zip(*points), linewidth=1)
+            for key, label in ((name, "training"), (f"valid_{name}", "validation")):
+                points = [(r["step"], r[key]) for r in rows if r["stage"] == stage and key in r]
+                if points:
+                    axis.plot(*zip(*points), linewidth=1, label=label)
             axis.set(title=f"{stage}: {name}", xlabel="step")
+            axis.legend(fontsize=7)
         for axis in axes.flat[len(panels):]:
             axis.axis("off")
-        figure.savefig(self.out / "curves.png", dpi=100)
-        plt.close(figure)
+        self.write("curves.png", lambda f: figure.savefig(f, format="png", dpi=100))
 
-    # -- talking -------------------------------------------------------------------------------
+    def picture(self, name, images, title="", columns=(), rows=()):
+        """name.png: a grid of images (rows, columns, 3, H, W) uint8, with the names of both."""
+        from matplotlib.figure import Figure
+        *_, H, W = images.shape
+        sheet = F.pad(images.cpu().permute(0, 3, 1, 4, 2), (0, 0, 1, 1, 0, 0, 1, 1), value=255)
+        sheet = sheet.flatten(2, 3).flatten(0, 1)      # (rows * (H + 2), columns * (W + 2), 3)
+        height, width = sheet.shape[:2]
+        inch = max(width / 11, height / 14)            # pixels per inch: at most 11 x 14 inches
+        figure = Figure((max(3, width / inch), max(1, height / inch) + 0.6), layout="constrained")
+        axis = figure.add_subplot(title=plain(title, 200))
+        axis.imshow(sheet.numpy(), interpolation="nearest")
+        axis.set_xticks([(k + 0.5) * (W + 2) for k in range(len(columns))], map(plain, columns))
+        axis.set_yticks([(k + 0.5) * (H + 2) for k in range(len(rows))], map(plain, rows))
+        axis.tick_params(length=0, labelsize=8)
+        self.write(f"{name}.png", lambda f: figure.savefig(f, format="png", dpi=120))
 
-    def say(self, text):
-        if self.rank == 0:
-            print(text, flush=True)
+    # -- output --------------------------------------------------------------------------------
+
+    def say(self, text, end="\n"):
+        if self.rank or self.rehearsing:
+            return
+        try:
+            print(text, end=end, flush=True)
+        except (OSError, ValueError):                  # `| head -1`: training continues in silence
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
     def progress(self, row, steps, speed):
-        left = int((steps - row["step"]) / speed)
+        left = int((steps - row["step"]) / max(speed, 1e-9))
         numbers = "  ".join(f"{k} {v:.4g}" for k, v in row.items()
                             if k not in ("stage", "step", "seconds"))
         line = (f"{row['stage']} {row['step']}/{steps}  {speed:.2f} steps/s  "
                 f"{left // 60}:{left % 60:02d} left  {numbers}")
-        if self.rank != 0:
-            return
-        if sys.stdout.isatty():  # one line, rewritten in place
-            print(f"\r\x1b[K{line}", end="\n" if row["step"] == steps else "", flush=True)
+        if sys.stdout and sys.stdout.isatty():  # one line, rewritten in place
+            self.say(f"\r\x1b[K{line}", end="\n" if row["step"] == steps else "")
         elif row["step"] == steps or row["step"] % (10 * max(1, steps // 200)) == 0:
-            print(line, flush=True)
+            self.say(line)
+
+
+def read_checkpoint(file):
+    """A checkpoint of this project; ValueError with one line if it is anything else."""
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        kinds = ({"script": str, "args": dict, "facts": dict} if file.name == "checkpoint.pt" else
+                 {"step": int, "steps": int, "rows": list, "sums": dict, "model": dict,
+                  "optimizer": dict, "best": (dict, type(None)), "seconds": float})
+        if type(state) is dict and all(isinstance(state[k], kinds[k]) for k in kinds):
+            return state
+    except FileNotFoundError:
+        raise ValueError(f"there is no {file}") from None
+    except Exception:  # what a torn file makes torch and pickle raise has no end
+        pass
+    raise ValueError(f"{file} is corrupt, or not a checkpoint of this project")
+
+
+def read_run(folder, script, stages):
+    """A finished run -> its args, the facts of its data, and the weights of each of the stages."""
+    folder = Path(folder)
+    common = read_checkpoint(folder / "checkpoint.pt")
+    if common["script"] != script:
+        raise ValueError(f"{folder} holds a run of train_{common['script']}.py, not of "
+                         f"train_{script}.py")
+    weights, args = [], argparse.Namespace(**common["args"])
+    for stage in stages:
+        state = read_checkpoint(folder / f"checkpoint-{stage}.pt")
+        if state["step"] < state["steps"]:
+            raise ValueError(f"{folder}: stage {stage} is at step {state['step']} of "
+                             f"{state['steps']}; --resume finishes it")
+        best = state["best"] if args.keep == "best" else None
+        weights.append(best["model"] if best else state["model"])
+    return args, common["facts"], weights
+
+
+def prepare(run, source, key, items, item_shape):
+    """Decode data once, in parallel, into a memory-mapped file that all processes of a machine
+    share and that later runs find again.
+
+    items: a list or data set; items[i] is a uint8 array (n_i, *item_shape), or raises ValueError.
+    source: what is being decoded, in words. key: all that the result depends on (paths, sizes,
+    times of files; flags): anything else has to be decoded anew.
+    Returns all items joined, (sum n_i, *item_shape) uint8, and the list of n_i.
+    """
+    folder = run.home.parent / "cache"
+    source_hash, key_hash = (hashlib.sha256(s.encode("utf-8", "surrogateescape")).hexdigest()[:12]
+                             for s in (source, f"{key} {item_shape}"))
+    file = folder / f"{source_hash}-{key_hash}.bin"
+    note = file.with_suffix(".json")                   # written last: then the file is whole
+    if run.local_rank == 0 and not note.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(file.with_suffix(".tmp"), "ab") as f:
+            if fcntl:
+                fcntl.flock(f, fcntl.LOCK_EX)          # another run may be at it: wait for it
+            if not note.exists():
+                f.truncate(0)                          # of one that was killed
+                lengths = decode(run, source, items, f)
+                f.flush()
+                for stale in folder.glob(f"{source_hash}-*"):
+                    if stale.suffix != ".tmp":
+                        stale.unlink()
+                os.replace(f.name, file)
+                note.with_suffix(".new").write_text(json.dumps(lengths))
+                os.replace(note.with_suffix(".new"), note)
+    while not note.exists():                           # however long the first process takes
+        time.sleep(0.1)
+    lengths = json.loads(note.read_text())
+    size = sum(lengths) * math.prod(item_shape)
+    joined = torch.from_file(str(file), shared=False, size=size, dtype=torch.uint8)
+    return joined.view(-1, *item_shape), lengths
+
+
+class Decoded(torch.utils.data.Dataset):
+    """items, with the reason in place of one that cannot be read: an exception would come out of
+    a worker process as a traceback."""
+
+    def __init__(self, items):
+        self.items = items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i):
+        try:
+            return torch.from_numpy(self.items[i])
+        except ValueError as e:
+            return str(e)
+
+
+def decode(run, source, items, file):
+    """Write items one after the other, decoded by all cores; returns how long each one is."""
+    lengths, begun, said = [], time.time(), time.time()
+    workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else
+                  os.cpu_count(), len(items))
+    for x in torch.utils.data.DataLoader(Decoded(items), batch_size=None, generator=torch.Generator(),
+                                         num_workers=workers, worker_init_fn=ignore_interrupts):
+        if isinstance(x, str):
+            raise ValueError(x)
+        file.write(x.numpy())
+        lengths.append(len(x))
+        if time.time() - said > 5:
+            said, share = time.time(), len(lengths) / len(items)
+            left = int((said - begun) * (1 - share) / share)
+            run.say(f"{source}: {100 * share:.0f} % decoded, {left // 60}:{left % 60:02d} left")
+    return lengths
+
+
+def ignore_interrupts(worker):
+    """Ctrl-C reaches the loader's workers too; the main process still wants its batch."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def batches(tensor, size, device):
+    """A CPU tensor piece by piece on the device, for measuring: nothing whole lies there."""
+    for part in tensor.split(size):
+        yield part.to(device)
+
+
+def smallest_int(num_codes):
+    """The dtype to keep codes in; they are int64 in use."""
+    return (torch.uint8 if num_codes <= 2 ** 8 else torch.int16 if num_codes <= 2 ** 15
+            else torch.int32)
+
+
+def digest(tensor):
+    """A checksum of a thousand evenly spread examples: is this the data of the checkpoint?"""
+    some = tensor[torch.linspace(0, len(tensor) - 1, min(len(tensor), 1000)).long()]
+    return zlib.crc32(some.contiguous().numpy().tobytes(), len(tensor))
+
+
+def make_quantizer(args, num_codebooks=1):
+    Quantizer = {"loss": VectorQuantizer, "ema": VectorQuantizerEMA}[args.codebook]
+    return Quantizer(args.num_codes, args.code_dim, args.beta, num_codebooks=num_codebooks)
+
+
+def check_batch(examples, batch_size, what, flag):
+    if examples < batch_size:
+        stop(f"{what}: {examples} training examples are fewer than a batch of {batch_size} ({flag})")
+
+
+def plain(text, most=40):
+    """Any name, so that matplotlib can draw it: no mathematics, no odd bytes, not too long."""
+    text = str(text).encode("utf-8", "backslashreplace").decode()
+    return " ".join(text.split())[:most].replace("$", r"\$")
+
+
+def safe_name(text):
+    """Any name as part of a file's name."""
+    return re.sub(r"[^\w.-]+", "_", str(text).encode("ascii", "replace").decode())[:40]
 
 
 class Interrupt:
-    """Ctrl-C asks for a stop at the end of the step; a second one stops at once."""
+    """Ctrl-C stops at the end of the step; a second one stops at once."""
 
     def __enter__(self):
         self.asked, self.old = False, {}
@@ -1192,6 +1592,13 @@ class Interrupt:
     def __exit__(self, *error):
         for number, handler in self.old.items():
             signal.signal(number, handler)
+
+
+def process_number(name, default):
+    text = os.environ.get(name, str(default))
+    if not text.isdigit():
+        stop(f"{name}={text} in the environment; torchrun puts a number there")
+    return int(text)
 
 
 def pick_device(name, local_rank=0):
