@@ -544,6 +544,20 @@ class Output(NamedTuple):
     codes: torch.Tensor  # (B, h, w) or (B, G, h, w) int64; None for continuous z
 
 
+def loss_per_latent(nll, q):
+    """Eq. 3 for images, speech and code maps: nll, -log p(x|z_q) in nats, of any shape, is summed
+    over all of x and divided by the number of latents, as terms 2 and 3 are.
+
+    Literally, eq. 3 sums its first term over all of x, and "we get an average over N terms" for
+    the others: the bigger the image, the less they would weigh. A sum over the latents in all three
+    has no such dependence on size, and divided by N it is the loss of one latent: what the part of
+    x that it stands for costs, plus how far its z_e is from e. For 32 x 32 x 3 bytes and 8 x 8
+    codes that part is 48 dimensions. The authors' public code averages over the dimensions of x
+    and over the D of z: there terms 2 and 3 weigh 48 / D of what they do here, 3/4 for D = 64.
+    """
+    return nll.sum() / q.codes.numel() + q.loss
+
+
 class VQVAE(nn.Module):
     """Encoder, quantiser and decoder for images of bytes.
 
@@ -572,10 +586,7 @@ class VQVAE(nn.Module):
         q = self.quantizer(z_e) if quantize else Quantized(z_e, None, 0.0)
         out = self.decoder(q.z_q)
         nll = self.likelihood.nll(out, x)              # eq. 3, term 1: decoder and encoder
-        # Literally, eq. 3 sums its first term over all numbers of x and averages the others over
-        # the N latents, so the bigger the image, the less they would weigh. We average the first
-        # one too. On this scale the paper's beta = 0.25 and its range of 0.1 .. 2.0 hold.
-        loss = nll.mean() / x[0].numel() + q.loss
+        loss = loss_per_latent(nll, q) if quantize else nll.mean() / x[0].numel()
         # Sec. 3.1: q(z|x) is one-hot and p(z) uniform, so the KL is log K for every latent:
         # sum_k q log(q / p) = 1 * log(1 / (1/K)). A constant: no gradient, no place in the loss.
         latents = z_e[0, 0].numel() * self.quantizer.num_codebooks     # N of one image
@@ -846,10 +857,7 @@ class GlobalVQVAE(nn.Module):
         z_e = self.encoder(e)                          # (B, 3 * D, 1, 1)
         q = self.quantizer(z_e) if quantize else Quantized(z_e, None, 0.0)
         out, nll = code_nll(self.decoder, codes, q.z_q)
-        # Eq. 3 literally: the sum over all that is modelled, here the codes of the map, and the
-        # average over the N = 3 latents. With a mean over the map, the little that three latents
-        # add to what a PixelCNN knows weighs less than the commitment, and they tell less.
-        loss = nll.mean() + q.loss
+        loss = loss_per_latent(nll, q) if quantize else nll.mean()
         latents, K = self.quantizer.num_codebooks, self.quantizer.num_codes
         return Output(loss, nll, torch.full_like(nll, latents * math.log(K)), out, q.codes)
 
