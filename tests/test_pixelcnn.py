@@ -82,7 +82,7 @@ def test_positional_encoding_tells_positions_apart():
     logits = cnn(torch.zeros(1, 12, 12, dtype=torch.long))
     for i, j in ((5, 6), (6, 5)):
         assert not torch.allclose(logits[..., 5, 5], logits[..., i, j]), (
-            f"(5, 5) and {i, j} have the same past, no edge in view: add `positions` to both stacks")
+            f"(5, 5) and {i, j} have the same past and no edge in view: see `positions`")
 
 
 def test_label_goes_with_its_own_example():
@@ -192,10 +192,10 @@ def test_sampling_leaves_the_weights_alone():
     assert all(torch.equal(v, before[k]) for k, v in cnn.state_dict().items())
 
 
-@pytest.mark.parametrize("num_codebooks", [1, 2])
-def test_samples_can_be_trained_on(num_codebooks):
+@pytest.mark.parametrize("batch, num_codebooks", [(1, 1), (2, 2)])
+def test_samples_can_be_trained_on(batch, num_codebooks):
     cnn = PixelCNN(8, 8, 2, num_codebooks=num_codebooks)
-    codes = cnn.sample(2, 3, 4)
+    codes = cnn.sample(batch, 3, 4)
     assert codes.dtype == torch.int64 and codes.is_contiguous()
     assert not codes.is_inference(), "autograd refuses tensors made in inference mode"
     F.cross_entropy(cnn(codes), codes).backward()
