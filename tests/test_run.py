@@ -323,8 +323,7 @@ def test_checkpoints_are_written_by_the_clock(make_run, monkeypatch):
     run, now, steps = make_run(), [0.0], []
     monkeypatch.setattr(time, "time", lambda: now[0])
     save = run.save
-    monkeypatch.setattr(run, "save", lambda stage, state, *a: (steps.append(state["step"]),
-                                                               save(stage, state, *a)))
+    monkeypatch.setattr(run, "save", lambda s, batch: (steps.append(s.step), save(s, batch)))
     train(run, network(), lambda step: now.__setitem__(0, now[0] + 25), steps=20000 // 2000)
     assert steps == [3, 6, 9, 10], "one a minute whatever the log does, and one at the end"
 
@@ -856,7 +855,7 @@ def test_training_continues_when_nobody_listens_any_more(tmp_path):
 def test_batch_that_does_not_divide_among_the_processes(make_run, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    line = stopped(capsys, train, make_run(), nn.Linear(3, 1))
+    line = stopped(capsys, make_run)
     assert "--batch-size 4" in line and "3 processes" in line
 
 
