@@ -30,22 +30,37 @@ Needs torch and nothing else. Section 1 stands alone: copy it.
 
 import argparse
 import csv
+import hashlib
+import io
+import itertools
 import json
 import math
 import os
-import pickle
 import random
+import re
 import signal
 import sys
+import tempfile
 import time
-from copy import deepcopy
+import traceback
+import zlib
+from contextlib import contextmanager
+from copy import copy
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+try:
+    import fcntl
+except ImportError:  # Windows: two runs in one folder are not noticed there
+    fcntl = None
 
 # ---------------------------------------------------------------------------------------------
 # 1. Quantisation: from a vector z_e(x) to an index k, and on to e_k (sec. 3.1, 3.2, A.1)
@@ -91,28 +106,40 @@ class VectorQuantizer(nn.Module):
         beta: weight of the commitment term; 0.25 in all the paper's experiments.
         num_codebooks: G. The channels are cut into G slices of D, each with a codebook of its
             own: G latents at every position (the 10 in sec. 4.1's 8 x 8 x 10, say).
-        data_init: start the codebook at encoder outputs of the first training batch. The paper
-            does not say how it starts; vectors from elsewhere leave many codes unused for ever.
-            False: uniform in [-1/K, 1/K].
+        data_init: initialise the codebook with encoder outputs of the first training batch. The
+            paper does not say how it starts; vectors from elsewhere leave many codes unused for
+            ever. False: uniform in [-1/K, 1/K].
+        restart_after: a code is dead once restart_after * K latents in a row have chosen others:
+            that many times as long as it takes a code in average use to be chosen once. It is
+            moved to an encoder output of that batch. Not in the paper; 0 is the paper's rule,
+            under which a code that starts in the wrong place stays there.
 
     Input (B, G*D, ...) with any number of axes after the channels; raises ValueError for
     another channel count. Works in float32 (float64 after .double()), also under autocast: in
     bfloat16 near neighbours change places.
     """
 
-    def __init__(self, num_codes, code_dim, beta=0.25, num_codebooks=1, data_init=True):
+    def __init__(self, num_codes, code_dim, beta=0.25, num_codebooks=1, data_init=True,
+                 restart_after=30):
         super().__init__()
         self.num_codes, self.code_dim, self.num_codebooks = num_codes, code_dim, num_codebooks
-        self.beta = beta
-        self.seeded = not data_init
+        self.beta, self.restart_after = beta, restart_after
         # G codebooks stacked: rows g*K .. (g+1)*K - 1 belong to slice g.      (G*K, D)
         table = torch.empty(num_codebooks * num_codes, code_dim)
         self.codebook = nn.Parameter(table.uniform_(-1 / num_codes, 1 / num_codes))
+        # In the state dict: a resumed model must not be initialised again.
+        self.register_buffer("initialized", torch.tensor(not data_init))
+        self.ready = not data_init                     # the same, asked without waiting for a GPU
+        # How many latents have chosen other codes since one chose this.    (G*K)
+        self.register_buffer("unused", torch.zeros(len(table), dtype=torch.long))
+        self.register_buffer("moved", self.unused > 0, persistent=False)   # since the last step
 
     def forward(self, z_e):
         z = self.to_vectors(z_e.detach())              # (G, N, D)
-        if self.training and not self.seeded:
-            self.seed(z)
+        if self.training and not self.ready:
+            if not self.initialized:
+                self.init_codebook(z)
+            self.ready = True
         codes = self.nearest(z)                        # (G, N)     eq. 1: q(z = k|x) = 1
         rows = self.rows(codes)                        # (G, N)     the same, in the stack
         e = self.codebook.index_select(0, rows.flatten()).view_as(z)  # (G, N, D)  eq. 2: e_k
@@ -121,6 +148,8 @@ class VectorQuantizer(nn.Module):
         # for each latent". mse averages over both, hence the factor D, here and below.
         commitment = self.code_dim * mse(z_e, z_q.detach())            # eq. 3, term 3
         loss = self.codebook_term(z, e, rows) + self.beta * commitment
+        if self.training and self.restart_after:
+            self.restart_dead_codes(z, rows)
         codes = codes.view(self.num_codebooks, z_e.shape[0], *z_e.shape[2:]).transpose(0, 1)
         return Quantized(z_q, codes.squeeze(1) if self.num_codebooks == 1 else codes, loss)
 
@@ -142,16 +171,17 @@ class VectorQuantizer(nn.Module):
                               for part in z.split(tile, 1)], 1)
 
     @torch.no_grad()
-    def seed(self, z):
-        """Start every codebook at K of the vectors z (G, N, D), chosen as k-means++ chooses its
-        means: each next one with a probability proportional to its squared distance from the
-        nearest one chosen before (Arthur and Vassilvitskii, 2007).
+    def init_codebook(self, z):
+        """Initialise every codebook with K of the vectors z (G, N, D), chosen by k-means++: each
+        next one with a probability proportional to its squared distance from the nearest one
+        chosen before (Arthur and Vassilvitskii, 2007).
 
-        Chosen evenly, most would lie side by side where most latents are (the sky, a wall), and
-        all but a few of those would never be nearest to anything.
+        Uniform picks would lie side by side where most latents are (the sky, a wall), and all but
+        a few of those would never be nearest to anything.
         """
-        if dist.is_available() and dist.is_initialized():  # from the joint batch of all processes
-            parts = [torch.empty_like(z) for _ in range(dist.get_world_size())]
+        _, world = processes()
+        if world > 1:                                  # from the joint batch of all processes
+            parts = [torch.empty_like(z) for _ in range(world)]
             dist.all_gather(parts, z.contiguous())
             z = torch.cat(parts, 1)
         # A generator of its own: the same rows in every process, and the global one is not moved.
@@ -167,8 +197,50 @@ class VectorQuantizer(nn.Module):
             distance = torch.minimum(distance, (z - e[-1]).square().sum(2).clamp(min=1e-30))
             pick = torch.multinomial(distance.cpu(), 1, generator=generator).to(z.device)
             e.append(z.take_along_dim(pick.unsqueeze(2), 1))                   # (G, 1, D)
-        self.codebook.copy_(torch.cat(e, 1).flatten(0, 1))
-        self.seeded = True
+        self.move(torch.ones_like(self.unused, dtype=torch.bool), torch.cat(e, 1).flatten(0, 1))
+        self.initialized.fill_(True)
+
+    @torch.no_grad()
+    def restart_dead_codes(self, z, rows):
+        """Move dead codes to vectors of this batch: z (G, N, D), and the rows (G, N) they chose.
+
+        The encoder starts out so vague that a few codes do for all it says, and leaves the others
+        behind as it learns to say more. The count is over all processes, and all move the same
+        codes to the same vectors of the joint batch. Nothing is drawn at random, and nothing makes
+        a GPU wait: the number of dead codes is never asked for.
+        """
+        (G, N, _), (rank, world) = z.shape, processes()
+        self.unused += N * world
+        self.unused.index_fill_(0, rows.flatten(), 0)
+        if world > 1:  # a code that any process has used is 0 now, in all of them
+            dist.all_reduce(self.unused, dist.ReduceOp.MIN)
+        dead = (self.unused >= self.restart_after * self.num_codes).view(G, -1)        # (G, K)
+        number = dead.cumsum(1) - 1                    # 0, 1, 2, .. for the dead ones
+        dead &= number < N * world                     # two at one vector would tie
+        count = dead.sum(1, keepdim=True).clamp(min=1)
+        # The batch is random already: evenly spread places in it are random vectors.
+        place = (number * (N * world) // count) - rank * N             # (G, K)
+        here = (place >= 0) & (place < N)              # the others are in other processes' shares
+        new = z.take_along_dim(place.clamp(0, N - 1).unsqueeze(2), 1) * here.unsqueeze(2)
+        if world > 1:
+            dist.all_reduce(new)
+        self.move(dead.flatten(), new.flatten(0, 1))
+
+    def move(self, which, to):
+        """Codes `which` (G*K) bool to the vectors `to` (G*K, D), with no past."""
+        self.codebook.copy_(torch.where(which.unsqueeze(1), to, self.codebook))
+        self.unused.masked_fill_(which, 0)
+        self.moved |= which
+
+    def reset_moments(self, optimizer):
+        """Call once, after the optimiser is made: before each of its steps the averages that Adam
+        keeps of a moved code's gradients are set to 0. They belong to the place that it left."""
+        def forget(optimizer, *_):
+            for average in optimizer.state.get(self.codebook, {}).values():
+                if average.shape == self.codebook.shape:
+                    average.masked_fill_(self.moved.unsqueeze(1), 0)
+            self.moved.zero_()
+        optimizer.register_step_pre_hook(forget)
 
     def lookup(self, codes):
         """codes (B, ...), or (B, G, ...), to vectors (B, G*D, ...): what the decoder takes."""
@@ -195,13 +267,6 @@ class VectorQuantizer(nn.Module):
         e = e.view(self.num_codebooks, shape[0], *shape[2:], self.code_dim)
         return e.movedim(-1, 2).transpose(0, 1).reshape(shape)
 
-    # "Already seeded" travels in the state dict: a resumed model must not be seeded again.
-    def get_extra_state(self):
-        return self.seeded
-
-    def set_extra_state(self, seeded):
-        self.seeded = seeded
-
 
 class VectorQuantizerEMA(VectorQuantizer):
     """The same quantiser, its codebook a moving average of what it is chosen for: A.1, eqs. 6-8.
@@ -211,8 +276,8 @@ class VectorQuantizerEMA(VectorQuantizer):
     """
 
     def __init__(self, num_codes, code_dim, beta=0.25, gamma=0.99, num_codebooks=1,
-                 data_init=True):
-        super().__init__(num_codes, code_dim, beta, num_codebooks, data_init)
+                 data_init=True, restart_after=30):
+        super().__init__(num_codes, code_dim, beta, num_codebooks, data_init, restart_after)
         self.gamma = gamma
         table = self.codebook.detach()
         del self.codebook
@@ -233,7 +298,7 @@ class VectorQuantizerEMA(VectorQuantizer):
         """One step of eqs. 6-8 with z (G*N, D) and the row of the codebook each one chose."""
         n = torch.zeros_like(self.ema_count).index_add_(0, rows, torch.ones_like(z[:, 0]))
         total = torch.zeros_like(self.ema_sum).index_add_(0, rows, z)  # sum_j z_ij
-        if dist.is_available() and dist.is_initialized():  # every process sees the joint batch
+        if processes()[1] > 1:                         # every process sees the joint batch
             dist.all_reduce(n)
             dist.all_reduce(total)
         self.ema_count.lerp_(n, 1 - self.gamma)                        # eq. 6: N_i
@@ -244,10 +309,17 @@ class VectorQuantizerEMA(VectorQuantizer):
         mean = self.ema_sum / self.ema_count.unsqueeze(1)
         self.codebook.copy_(torch.where(chosen, mean, self.codebook))
 
-    def seed(self, z):
-        super().seed(z)
-        self.ema_count.fill_(1)
-        self.ema_sum.copy_(self.codebook)
+    def move(self, which, to):
+        super().move(which, to)
+        self.ema_count.masked_fill_(which, 1)
+        self.ema_sum.copy_(torch.where(which.unsqueeze(1), to, self.ema_sum))
+
+
+def processes():
+    """This process's rank, and how many there are."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
 
 
 def count_codes(codes, num_codes, num_codebooks=1):
@@ -364,8 +436,8 @@ class Categorical:
 
     outputs = 256
 
-    def start(self, layer):
-        """Start a decoder's last, transposed convolution as if p(x|z) were a Gaussian.
+    def init_logits(self, layer):
+        """Initialise a decoder's last, transposed convolution as if p(x|z) were a Gaussian.
 
         Not in the paper. A softmax does not know that 100 lies between 99 and 101, and has to
         meet each of them before it expects it. With these weights it knows: the bias is a wide
@@ -399,6 +471,60 @@ class Categorical:
         return mean.round().to(torch.uint8).permute(0, 3, 1, 2)
 
 
+class Logistics:
+    """p(x|z) = a mixture of M discretised logistics for every colour of every pixel.
+
+    Not in the paper; [PixelCNN++, Salimans et al. 2017] without its autoregression, so that, as
+    in sec. 4.1, all bytes are independent given z. A logistic is a bell with mean m and scale s
+    whose CDF is a sigmoid. Byte k takes what lies within half a byte of k, and 0 and 255 the tails:
+
+        P(k) = sigmoid(a) - sigmoid(b),  a = (k + 1/2 - m) / s,  b = (k - 1/2 - m) / s
+
+    It has 3 M outputs where the softmax has 256, and contains what that has to learn: that near
+    intensities are alike. At equal computing time it is far ahead. m and s are in units of 255.
+    """
+
+    def __init__(self, mixtures=1):
+        self.mixtures, self.outputs = mixtures, 3 * mixtures
+
+    def init_logits(self, layer):
+        """Initialise a decoder's last layer: M bells side by side, together as wide as images."""
+        M = self.mixtures
+        means = torch.linspace(-0.5, 0.5, M + 2)[1:-1]
+        bias = torch.stack([torch.zeros(M), means, torch.full((M,), -2.0)])            # (3, M)
+        with torch.no_grad():
+            layer.bias.copy_(bias.flatten().repeat(len(layer.bias) // bias.numel()))
+
+    def mixture(self, out):
+        """(B, C * 3 * M, H, W) -> log weight, m, log s, (B, C, M, H, W) each, in float32."""
+        weight, mean, log_s = out.float().unflatten(1, (-1, 3, self.mixtures)).unbind(2)
+        # Below e^-8 all is in one byte already; above e^8 all is in the tails.
+        return weight.log_softmax(2), mean, log_s.clamp(-8, 8)
+
+    def nll(self, out, x):
+        """-log p(x|z) in nats: out (B, C * 3 * M, H, W), uint8 x (B, C, H, W) -> (B,)."""
+        weight, mean, log_s = self.mixture(out)
+        x, half = x.unsqueeze(2), 0.5 / 255                            # (B, C, 1, H, W)
+        middle, precision = to_unit(x) - mean, (-log_s).exp()
+        # A difference of sigmoids loses all its digits in the tails; but it is a product,
+        # sigmoid(a) - sigmoid(b) = sigmoid(a) sigmoid(-b) (1 - e^(b - a)), exact in logarithms.
+        # Byte 0 has b = -inf and is the first factor alone, byte 255 the second.
+        below, above = x > 0, x < 255
+        log_p = (above * F.logsigmoid((middle + half) * precision)
+                 + below * F.logsigmoid((half - middle) * precision)
+                 + (above & below) * (-torch.expm1(-2 * half * precision)).log())
+        return -(weight + log_p).logsumexp(2).flatten(1).sum(1)
+
+    def image(self, out):
+        """The mean of p(x|z) as uint8 (B, C, H, W)."""
+        weight, mean, log_s = self.mixture(out)
+        # The mean of a logistic with its tails cut off at +-1/2 is -1/2 plus the integral, from
+        # -1/2 to 1/2, of P(X > t) = sigmoid((m - t) / s), which is s softplus((m - t) / s).
+        s, mean = log_s.exp(), mean.clamp(-1e3, 1e3)
+        mean = s * (F.softplus((mean + 0.5) / s) - F.softplus((mean - 0.5) / s))
+        return ((weight.exp() * mean).sum(2) * 255).round().clamp(0, 255).to(torch.uint8)
+
+
 def to_unit(x):
     """uint8 0..255 -> float in [-0.5, 0.5], what every encoder gets."""
     return x.float().div(255).sub(0.5)
@@ -417,6 +543,20 @@ class Output(NamedTuple):
     rate: torch.Tensor   # (B,)  what z costs: for the VQ-VAE and the VAE the KL from the prior
     out: torch.Tensor    # (B, C * likelihood.outputs, H, W)  parameters of p(x|z)
     codes: torch.Tensor  # (B, h, w) or (B, G, h, w) int64; None for continuous z
+
+
+def loss_per_latent(nll, q):
+    """Eq. 3 for images, speech and code maps: nll, -log p(x|z_q) in nats, of any shape, is summed
+    over all of x and divided by the number of latents, as terms 2 and 3 are.
+
+    Literally, eq. 3 sums its first term over all of x, and "we get an average over N terms" for
+    the others: the bigger the image, the less they would weigh. A sum over the latents in all three
+    has no such dependence on size, and divided by N it is the loss of one latent: what the part of
+    x that it stands for costs, plus how far its z_e is from e. For 32 x 32 x 3 bytes and 8 x 8
+    codes that part is 48 dimensions. The authors' public code averages over the dimensions of x
+    and over the D of z: there terms 2 and 3 weigh 48 / D of what they do here, 3/4 for D = 64.
+    """
+    return nll.sum() / q.codes.numel() + q.loss
 
 
 class VQVAE(nn.Module):
@@ -447,10 +587,7 @@ class VQVAE(nn.Module):
         q = self.quantizer(z_e) if quantize else Quantized(z_e, None, 0.0)
         out = self.decoder(q.z_q)
         nll = self.likelihood.nll(out, x)              # eq. 3, term 1: decoder and encoder
-        # Literally, eq. 3 sums its first term over all numbers of x and averages the others over
-        # the N latents, so the bigger the image, the less they would weigh. We average the first
-        # one too. On this scale the paper's beta = 0.25 and its range of 0.1 .. 2.0 hold.
-        loss = nll.mean() / x[0].numel() + q.loss
+        loss = loss_per_latent(nll, q) if quantize else nll.mean() / x[0].numel()
         # Sec. 3.1: q(z|x) is one-hot and p(z) uniform, so the KL is log K for every latent:
         # sum_k q log(q / p) = 1 * log(1 / (1/K)). A constant: no gradient, no place in the loss.
         latents = z_e[0, 0].numel() * self.quantizer.num_codebooks     # N of one image
@@ -485,9 +622,9 @@ def bits_per_dim(model, images, batch=32):
 
     Returns {"bits_per_dim", "rate", "distortion"}; eval mode. VAE and VIMCO draw z: seed torch.
     """
-    if not isinstance(model.likelihood, Categorical):
-        raise ValueError("bits per dimension need p(x|z) over bytes, likelihood Categorical(): "
-                         "the density of a Gaussian is no probability, and may exceed 1")
+    if isinstance(model.likelihood, Gaussian):
+        raise ValueError("bits per dimension need p(x|z) over bytes, Categorical() or Logistics(): "
+                         "the density of a Gaussian is not a probability, and may exceed 1")
     nll = rate = 0.0
     for x in images.split(batch):                      # the last, smaller batch included
         y = model(x)
@@ -497,7 +634,7 @@ def bits_per_dim(model, images, batch=32):
 
 
 @torch.no_grad()
-def map_gap(model, x, nearest=1, batch=64):
+def likelihood_gap(model, x, nearest=1, batch=64):
     """How much -log p(x) is below -log p(x, z_q(x)), at least: in nats, for one image (C, H, W).
 
     Sec. 3.2 keeps one term of log sum_z p(x|z) p(z), for "the decoder should not allocate any
@@ -573,17 +710,20 @@ class VIMCO(nn.Module):
         num_codes, num_codebooks, code_dim: K, G, D as in the quantiser. The encoder outputs the
             logits of q(z|x) for every latent, the decoder gets a learned vector for every code.
         samples: S of the bound, at least 2; "we use 50 samples". The decoder runs S times.
+        chunk: how many of them it keeps in memory. With more samples than that it runs twice,
+            chunk by chunk: without gradient for all p(x|z_s), and again in the backward pass.
         prior: "independent Gaussian or categorical priors": "uniform" or "learned" over the K
             codes, or "gaussian", where z is G numbers at a position and p(z) = N(0, 1).
     """
 
     def __init__(self, likelihood, num_codes=512, num_codebooks=10, code_dim=32, samples=50,
-                 prior="uniform", channels=3, hidden=256, res_hidden=256, strides=(2, 2)):
+                 prior="uniform", channels=3, hidden=256, res_hidden=256, strides=(2, 2), chunk=10):
         super().__init__()
         if samples < 2:
             raise ValueError(f"samples {samples}: each is judged by the others, so at least 2")
         G, K, D = num_codebooks, num_codes, code_dim
         self.num_codes, self.num_codebooks, self.samples, self.prior = K, G, samples, prior
+        self.chunk = chunk
         K, D = (2, 1) if prior == "gaussian" else (K, D)               # mean and log variance
         self.encoder = Encoder(channels, hidden, res_hidden, G * K, strides)
         self.decoder = Decoder(G * D, hidden, res_hidden, channels * likelihood.outputs, strides)
@@ -624,8 +764,11 @@ class VIMCO(nn.Module):
 
     def forward(self, x):
         z, log_q, log_p = self.draw(x)
-        out = self.decoder(self.embed(z.flatten(0, 1)))                # (S * B, ...)
-        nll = self.likelihood.nll(out, x.repeat(self.samples, 1, 1, 1)).view_as(log_q)
+        decode = self.decode_chunk
+        if self.samples > self.chunk:  # keeps z and nll only; decodes again for the gradient
+            decode = partial(checkpoint, decode, use_reentrant=False, preserve_rng_state=False)
+        out, nll = zip(*(decode(part, x) for part in z.split(self.chunk)))
+        nll = torch.cat(nll)                                           # (S, B)
         log_f = log_p - nll - log_q                                    # (S, B)
         bound, surrogate = vimco(log_f, log_q)
         # L pays for this code: draw S, keep one with probability w_s = f_s / sum f. What the one
@@ -633,7 +776,14 @@ class VIMCO(nn.Module):
         distortion = (log_f.softmax(0) * nll).sum(0).detach()
         codes = None if self.prior == "gaussian" else z[0]
         return Output(-surrogate.mean() / x[0].numel(), distortion, -bound.detach() - distortion,
-                      out[:len(x)], codes)
+                      out[0], codes)
+
+    def decode_chunk(self, z, x):
+        """z (s, B, G, h, w) -> the decoder's output for the first of these samples, and
+        -log p(x|z) of all of them, (s, B)."""
+        out = self.decoder(self.embed(z.flatten(0, 1)))                # (s * B, ...)
+        nll = self.likelihood.nll(out, x.repeat(len(z), 1, 1, 1)).view(z.shape[:2])
+        return out[:len(x)].detach().clone(), nll  # a view would keep all of it alive
 
     @torch.no_grad()
     def reconstruct(self, x):
@@ -708,10 +858,7 @@ class GlobalVQVAE(nn.Module):
         z_e = self.encoder(e)                          # (B, 3 * D, 1, 1)
         q = self.quantizer(z_e) if quantize else Quantized(z_e, None, 0.0)
         out, nll = code_nll(self.decoder, codes, q.z_q)
-        # Eq. 3 literally: the sum over all that is modelled, here the codes of the map, and the
-        # average over the N = 3 latents. With a mean over the map, the little that three latents
-        # add to what a PixelCNN knows weighs less than the commitment, and they tell less.
-        loss = nll.mean() + q.loss
+        loss = loss_per_latent(nll, q) if quantize else nll.mean()
         latents, K = self.quantizer.num_codebooks, self.quantizer.num_codes
         return Output(loss, nll, torch.full_like(nll, latents * math.log(K)), out, q.codes)
 
@@ -755,71 +902,135 @@ def code_nll(decoder, codes, z):
 
 # ---------------------------------------------------------------------------------------------
 # 7. Running an experiment. What train_image.py, train_audio.py and train_video.py share: flags,
-#    the training loop, checkpoints, several processes. The paper ends above this line.
+#    data on their way to the device, the training loop, checkpoints, several processes, pictures.
+#    The paper ends above this line.
 # ---------------------------------------------------------------------------------------------
 
 
-def stop(message):
-    """Bad input: one line that says what is wrong, exit status 2."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
+def launch(parser, load_data, main, use=None):
+    """What `python train_x.py` does. main(run, data) is the experiment, told as the paper tells
+    it; use(args) works on a finished run, if one of the flags in parser.uses is given.
+
+    All bad luck ends here, in one line and exit status 2: what the loaders find wrong
+    (ValueError), what the operating system and the allocator refuse, and what would fail after
+    hours of training, because it fails in the rehearsal.
+    """
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="backslashreplace")  # a terminal without this letter
+    try:
+        args = parser.parse_args()
+        if any(getattr(args, name) is not None for name in parser.uses):
+            return use(args)
+        run = Run(parser)
+        data = load_data(run)
+        run.check_data(data.facts)
+        run.rehearse(main, data.few())
+    except ValueError as e:
+        stop(str(e))
+    except (OSError, MemoryError, RuntimeError) as e:
+        stop(reason(e))
+    except KeyboardInterrupt:
+        stop("interrupted before training; nothing was written", status=130)
+    try:
+        main(run, data)
+    except (OSError, MemoryError, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and not re.search("memory|alloc", str(e)):
+            raise  # a fault of the program: its traceback is needed
+        stop(f"{reason(e)}; what was saved before is kept, --resume continues from it")
+
+
+def stop(message, status=2):
+    """One line that says what is wrong, and the exit status of bad input."""
+    print(f"error: {' '.join(message.split())[:1000]}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+def reason(error):
+    """An exception in half a line."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    name = getattr(error, "filename", None)
+    return f"{name}: {text}" if name else " ".join(text.split())[:300]
+
+
+@contextmanager
+def reading(path):
+    """Whatever a file of the user's makes a library raise becomes ValueError("path: ...")."""
+    try:
+        yield
+    except Exception as e:
+        raise ValueError(f"{path}: not readable ({reason(e)[:160]})") from e
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter,
+                    argparse.ArgumentDefaultsHelpFormatter):
+    """The description as it stands; the default behind every flag's help."""
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with the flags that all scripts have, and its errors in one line."""
+    """argparse with the flags that all scripts have, and its errors in one line.
+
+    uses: flags that work on a finished run. free: flags that --resume lets differ from those the
+    run was begun with, because they shape neither the data nor the models.
+    """
+
+    uses = ()
+    free = {"out", "data", "device", "precision", "resume", "steps", "prior_steps", "batch_size",
+            "lr", "lr_decay", "keep"}
 
     def __init__(self, name, presets, **kwargs):
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
-        self.presets = presets
+        super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **kwargs)
+        self.name, self.presets = name, presets
         flag = self.add_argument
-        flag("--preset", choices=presets, default="demo", help="a set of defaults for the flags "
-             "below (default demo); flags given beside it win")
-        flag("--data", metavar="PATH", help="own data; without it the script makes its demo data")
-        flag("--out", default=f"runs/{name}", help="folder for everything the run writes "
-             "(default %(default)s)")
+        flag("--preset", choices=presets, default="demo", help="defaults for the flags below; flags "
+             "given beside it win")
+        flag("--data", type=path, metavar="PATH", help="your own data instead of the demo's")
+        flag("--out", type=path, default=f"runs/{name}", help="folder for all that the run writes")
         flag("--steps", type=positive(int), help="training steps of stage one")
         flag("--prior-steps", type=positive(int), help="training steps of the prior")
-        flag("--batch-size", type=positive(int), help="examples a step, over all processes")
+        flag("--batch-size", type=positive(int), help="examples per step, over all processes")
         flag("--lr", type=positive(float), help="Adam's learning rate (paper 2e-4)")
-        flag("--lr-decay", type=fraction, default=0.0, metavar="F", help="let the learning rate "
-             "fall linearly to zero over this last part of each stage (paper 0)")
-        flag("--codebook", choices=["loss", "ema"], default="loss", help="how the codebook learns: "
-             "by eq. 3, term 2 (default, the paper's experiments) or moving averages (A.1)")
-        flag("--num-codes", type=positive(int), default=512, help="K (default and paper 512; 128 "
-             "for phonemes)")
-        flag("--code-dim", type=positive(int), default=64, help="D (default 64; not in the paper)")
+        flag("--lr-decay", type=fraction, default=0.0, metavar="F", help="the learning rate falls "
+             "linearly to zero over this last part of each stage (paper 0)")
+        flag("--clip-norm", type=positive(float), help="largest norm of a gradient (paper: none)")
+        flag("--codebook", choices=["loss", "ema"], default="loss", help="learns by eq. 3, term 2 "
+             "(the paper's experiments), or as moving averages (A.1)")
+        flag("--num-codes", type=positive(int), default=512, help="K (paper 512; phonemes 128)")
+        flag("--code-dim", type=positive(int), default=64, help="D (not in the paper)")
         flag("--beta", type=positive(float), default=0.25, help="weight of the commitment term "
-             "(default and paper 0.25)")
-        flag("--hidden", type=positive(int), help="channels of encoder and decoder (paper 256 for "
-             "CIFAR-10)")
+             "(paper 0.25)")
+        flag("--hidden", type=positive(int), help="channels of encoder and decoder (paper 256)")
         flag("--prior-channels", type=positive(int), help="channels of the prior")
-        flag("--seed", type=int, default=0, help="of data, weights, batches and samples")
+        flag("--seed", type=natural, default=0, help="of data, weights, batches and samples")
         flag("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
         flag("--precision", choices=["fp32", "bf16"], default="fp32", help="bf16: autocast in "
              "training; the search for the nearest code stays in float32")
-        flag("--resume", action="store_true", help="go on from checkpoint.pt in --out, with its "
-             "flags; flags given beside it win")
+        flag("--keep", choices=["best", "last"], default="best", help="which weights: those of the "
+             "lowest validation loss, or the last")
+        flag("--finetune", type=path, metavar="RUN", help="start from a finished run's weights")
+        flag("--resume", action="store_true", help="continue the run in --out, with its flags")
 
     def error(self, message):
         stop(f"{message} (see --help)")
 
 
-def positive(kind):
-    """argparse type: a number of that kind above zero."""
+def number(kind, name, fits):
+    """argparse type: a number of that kind that fits."""
     def convert(text):
         value = kind(text)
-        if not 0 < value < math.inf:
+        if not fits(value):
             raise ValueError
         return value
-    convert.__name__ = f"positive {kind.__name__}"
+    convert.__name__ = name
     return convert
 
 
-def fraction(text):
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise ValueError
-    return value
+def positive(kind):
+    return number(kind, f"positive {kind.__name__}", lambda x: 0 < x < 2 ** 62)
+
+
+fraction = number(float, "number from 0 to 1", lambda x: 0 <= x <= 1)
+natural = number(int, "integer from 0 up", lambda x: 0 <= x < 2 ** 63)
+path = number(str, "path", str.strip)
 
 
 class Run:
@@ -829,229 +1040,514 @@ class Run:
     saved for a resumed run to equal one that never stopped.
     """
 
+    rehearsing = False
+
     def __init__(self, parser):
         args = parser.parse_args()
-        self.started, self.seconds_before, self.stages, self.rows = time.time(), 0.0, {}, []
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.out = Path(args.out)
-        self.device = pick_device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
+        self.script, self.free, self.facts, self.rows = parser.name, parser.free, {}, {}
+        self.started, self.seconds_before, self.folder_made = time.time(), 0.0, False
+        try:
+            self.rank, self.world, self.local_rank = (
+                int(os.environ.get(*p)) for p in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        except ValueError:
+            stop("RANK, WORLD_SIZE, LOCAL_RANK in the environment: numbers, as torchrun sets them")
+        self.out = self.home = Path(args.out)          # a rehearsal writes elsewhere than home
+        self.device = pick_device(args.device, self.local_rank)
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         # Later defaults win: script < preset < checkpoint < what was typed.
         parser.set_defaults(**parser.presets[args.preset])
+        self.saved = self.read("checkpoint.pt") if args.resume else None
         if args.resume:
-            saved = self.load()
-            self.stages, self.rows = saved["stages"], saved["log"]
-            self.seconds_before = saved["seconds"]
-            parser.set_defaults(**{k: v for k, v in saved["args"].items()
+            if self.saved["script"] != self.script:
+                stop(f"--resume: {self.out} holds a run of train_{self.saved['script']}.py")
+            parser.set_defaults(**{k: v for k, v in self.saved["args"].items()
                                    if k not in ("out", "device", "resume")})
         self.args = parser.parse_args()
-        self.fresh = not args.resume
+        for name, value in (self.saved["args"] if args.resume else {}).items():
+            if name not in self.free and getattr(self.args, name, value) != value:
+                stop(f"--resume: --{name.replace('_', '-')} {getattr(self.args, name)} differs "
+                     f"from {value}, with which this run was begun; --out starts another one")
+        for name in ("batch_size", "prior_batch_size"):
+            if (getattr(self.args, name, None) or 0) % self.world:
+                stop(f"--{name.replace('_', '-')} {getattr(self.args, name)} does not divide among "
+                     f"{self.world} processes")
         torch.manual_seed(self.args.seed)
+
+    def check_data(self, facts):
+        """facts: what the data is, as far as models and results depend on it; the same on resume."""
+        self.facts = facts
+        for name, value in (self.saved["facts"] if self.saved else {}).items():
+            if facts.get(name) != value:
+                stop(f"--resume: the data is not that of this run: {name} was {str(value)[:80]}, "
+                     f"is {str(facts.get(name))[:80]}")
+
+    def rehearse(self, main, few):
+        """The whole experiment on a handful of examples, one step a stage, into a folder that is
+        thrown away: what would fail after hours fails now. No random number is moved."""
+        twin = copy(self)
+        twin.rehearsing, twin.rows, twin.world = True, {}, 1           # each process for itself
+        try:
+            gpus = [self.device] if self.device.type == "cuda" else []
+            with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(gpus):
+                twin.out = Path(folder)
+                main(twin, few)
+        except Exception as e:
+            where = traceback.extract_tb(e.__traceback__)[-1]
+            stop(f"these flags and data do not work together: {type(e).__name__}, {reason(e)} "
+                 f"({Path(where.filename).name}, line {where.lineno}; found in a rehearsal, "
+                 "nothing was trained or written)")
 
     def make_folder(self):
         """Called when training begins: until then flags and data may turn out to be bad."""
-        if self.rank != 0:
+        if self.rank or self.folder_made or self.rehearsing:
             return
         try:
             self.out.mkdir(parents=True, exist_ok=True)
-            if self.fresh and self.checkpoint.exists():  # a slip of the finger must not cost a run
-                self.checkpoint.replace(self.out / "checkpoint.old.pt")
-            self.fresh = False
-            self.write("config.json", json.dumps({
-                **vars(self.args), "torch": torch.__version__, "device_used": str(self.device),
-                "processes": self.world}, indent=1))
+            if fcntl:  # two runs at once would overwrite each other; freed however this one ends
+                self.lock = os.open(self.out, os.O_RDONLY)
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            stop(f"--out {self.out}: another run is writing there")
         except OSError as e:
             stop(f"--out {self.out} cannot be written: {e.strerror}")
+        if not self.saved and any(self.out.glob("checkpoint*.pt")):
+            # Forgetting --resume must not cost a run: everything of it moves aside.
+            old = next(d for n in itertools.count(1) if not (d := self.out / f"old-{n}").exists())
+            files = [f for f in self.out.iterdir() if f.is_file()]
+            old.mkdir()
+            for file in files:
+                file.rename(old / file.name)
+            self.say(f"the run that was in {self.out} is in {old} now")
+        args, self.folder_made = vars(self.args), True
+        self.write_text("config.json", json.dumps({
+            **args, "torch": torch.__version__, "device_used": str(self.device),
+            "processes": self.world}, indent=1))
+        self.write("checkpoint.pt", lambda f: torch.save(
+            {"script": self.script, "args": args, "facts": self.facts}, f))
 
     # -- training ------------------------------------------------------------------------------
 
-    def fit(self, stage, model, loss, examples, steps, batch_size, lr, evaluate=None):
-        """Minimise loss by Adam, or go on where the checkpoint says that this stage stopped.
+    def fit(self, stage, model, loss, data, steps, batch_size, lr, valid=None):
+        """Minimise loss by Adam, or continue where the checkpoint says that this stage stopped.
 
-        loss(net, index) -> (scalar, stats): net is the model (wrapped when there are several
-        processes), index (batch_size / processes,) int64 picks training examples. stats maps
-        names to tensors: scalars are averaged since the last line of the log; vectors are
-        counts, and the log says how many were not zero ("codes used").
-        evaluate() -> dict of numbers for the log, called some 20 times, in eval mode.
+        data, valid: data sets that answer a list of indices with a tuple of CPU tensors, a whole
+        batch (torch.utils.data.TensorDataset does).
+        loss(net, *batch) -> (scalar, stats): net is the model (wrapped when there are several
+        processes). stats maps names to tensors: scalars are averaged since the last line of the
+        log; vectors are counts, and the log says how many were not zero ("codes used").
+        valid is measured some 20 times; --keep best keeps the weights that were best on it.
+        Returns the model in eval mode.
         """
-        if examples < batch_size:
-            stop(f"stage {stage}: {examples} training examples are fewer than a batch of "
-                 f"{batch_size} (--batch-size, or --prior-batch-size where there is one)")
-        if batch_size % self.world:
-            stop(f"--batch-size {batch_size} does not divide among {self.world} processes")
+        steps = 1 if self.rehearsing else steps
+        batch_size = min(batch_size, len(data)) if self.rehearsing else batch_size
+        check_batch(len(data), batch_size, f"stage {stage}", "--batch-size or --prior-batch-size")
         self.make_folder()
-        model.to(self.device).train()
-        optimizer = torch.optim.Adam(model.parameters(), lr=lr)
-        first = self.restore(stage, model, optimizer)
-        net = model
-        if self.world > 1 and first < steps:
-            net = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
-        every, share = max(1, steps // 200), batch_size // self.world
-        sums, since, begun, saved_at = {}, 0, time.time(), time.time()
-        bad = torch.full((), -1, device=self.device)   # first step whose loss was not finite
+        s = self.restore(stage, model.to(self.device).train(), loss, steps, lr)
+        begun, saved_at, first, every = time.time(), time.time(), s.step, max(1, steps // 200)
         with Interrupt() as interrupt:
-            for step in range(first, steps):
-                # The joint batch is the same in every process, and each takes its share of it.
-                index = torch.randint(examples, (batch_size,),
-                                      generator=torch.Generator().manual_seed(
-                                          mix(self.args.seed, stage, step)))
-                index = index[self.rank * share:(self.rank + 1) * share].to(self.device)
-                torch.manual_seed(mix(self.args.seed, stage, step, self.rank))  # noise in models
-                for group in optimizer.param_groups:
-                    group["lr"] = lr * schedule(step, steps, self.args.lr_decay)
-                with torch.autocast(self.device.type, torch.bfloat16,
-                                    enabled=self.args.precision == "bf16"):
-                    value, stats = loss(net, index)
-                optimizer.zero_grad()
-                value.backward()
-                optimizer.step()
-
-                # No .item() here: it would make a GPU wait for Python at every step.
-                bad = torch.where((bad < 0) & ~value.detach().isfinite(), step + 1, bad)
-                for name, x in {"loss": value, **stats}.items():
-                    sums[name] = sums.get(name, 0) + x.detach()
-                since += 1
-                done = step + 1
-                if done % every and done != steps and not interrupt.asked:
-                    continue
-                if bad >= 0:
-                    stop(f"the loss of stage {stage} is not finite at step {int(bad)}: try a "
-                         f"lower --lr; a checkpoint written before is kept, --resume goes on "
-                         "from it")
-                row = {"stage": stage, "step": done, "seconds": round(self.seconds, 1)}
-                row.update({name: (x > 0).sum().item() if x.ndim else x.item() / since
-                            for name, x in sums.items()})
-                if evaluate and (done == steps or done % (every * 10) == 0):
-                    model.eval()
-                    row.update(evaluate())
-                    model.train()
-                self.rows.append(row)
-                sums, since = {}, 0
-                self.progress(row, steps, (done - first) / (time.time() - begun))
-                if done == steps or interrupt.asked or time.time() - saved_at > 60:
-                    self.stages[stage] = deepcopy({  # state_dict() alone follows the training
-                        "model": model.state_dict(), "step": done,
-                        "optimizer": optimizer.state_dict()})
-                    self.save()
+            for batch in self.loader(data, stage, range(first, steps), batch_size):
+                self.train(s, batch)
+                asked, last = self.agree(interrupt.asked, s.step), s.step == steps
+                if last or s.step % every == 0:
+                    row = self.make_row(s)
+                    if valid is not None and (last or s.step % (10 * every) == 0):
+                        row |= self.validate(s, valid, batch_size)
+                    self.progress(row, steps, (s.step - first) / (time.time() - begun))
+                if last or asked or time.time() - saved_at > 60:
+                    self.save(s, batch)
                     saved_at = time.time()
-                if interrupt.asked:
-                    self.say(f"stopped at step {done} of stage {stage}; go on with:  "
-                             f"{command()} --resume --out {self.out}")
-                    raise SystemExit(130)
+                if asked:
+                    self.say(f"stopped at step {s.step} of stage {stage}; continue with:  "
+                             f"python {Path(sys.argv[0]).name} --resume --out {self.out}")
+                    raise KeyboardInterrupt if self.rehearsing else SystemExit(130)
+        if s.best and self.args.keep == "best":
+            model.load_state_dict(s.best["model"])
         return model.eval()
 
-    def restore(self, stage, model, optimizer):
-        """Load what the checkpoint has of this stage; returns the number of steps done."""
-        saved = self.stages.get(stage)
-        if saved is None:
-            return 0
-        try:
-            model.load_state_dict(saved["model"])
-            optimizer.load_state_dict(saved["optimizer"])
-        except (RuntimeError, ValueError) as e:
-            reason = " ".join(str(e).split())[:200]
-            stop(f"{self.checkpoint} holds another model for stage {stage}: {reason}")
-        return saved["step"]
+    def restore(self, stage, model, loss, steps, lr):
+        """All that fit works on, at the step at which the checkpoint says that it stopped."""
+        optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+        for module in model.modules():
+            if isinstance(module, VectorQuantizer):
+                module.reset_moments(optimizer)
+        s = SimpleNamespace(stage=stage, model=model, net=model, loss=loss, optimizer=optimizer,
+                            steps=steps, lr=lr, step=0, rows=[], sums={}, best=None,
+                            bad=torch.full((), -1, device=self.device))
+        name, source = f"checkpoint-{stage}.pt", self.args.finetune
+        # What a forgotten --resume leaves in the folder belongs to another run.
+        if self.saved and self.share(lambda: (self.home / name).exists()):
+            saved = self.read(name)
+            try:
+                model.load_state_dict(saved["model"])
+                optimizer.load_state_dict(saved["optimizer"])
+            except Exception as e:
+                stop(f"{self.home / name} holds another model for stage {stage}: {reason(e)}")
+            s.step, s.rows, s.best = saved["step"], saved["rows"], saved["best"]
+            self.seconds_before = max(self.seconds_before, saved["seconds"])
+            if self.rank == 0:
+                s.sums = {k: x.to(self.device) for k, x in saved["sums"].items()}
+        elif source:
+            try:
+                model.load_state_dict(read_run(source, self.script, [stage])[2][0])
+            except RuntimeError as e:
+                stop(f"--finetune {source} holds another model for stage {stage}: {reason(e)}")
+        if self.world > 1 and s.step < steps:
+            s.net = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+        self.rows[stage] = s.rows
+        return s
 
-    def fitted(self, stage, steps):
-        """True if the checkpoint has this stage complete."""
-        return self.stages.get(stage, {}).get("step", 0) >= steps
+    def loader(self, data, stage, steps, batch_size):
+        """The batches of these steps, on the device. The joint batch of a step is a function of
+        (seed, stage, step) alone, and each process takes its share of it."""
+        gpu, share = self.device.type == "cuda", batch_size // self.world
+        rank = self.rank if self.world > 1 else 0
+
+        def indices():
+            for step in steps:
+                generator = torch.Generator().manual_seed(mix(self.args.seed, stage, step))
+                index = torch.randint(len(data), (batch_size,), generator=generator)
+                yield index[rank * share:(rank + 1) * share]
+
+        batches = torch.utils.data.DataLoader(
+            data, batch_size=None, sampler=indices(), num_workers=4 * gpu, pin_memory=gpu,
+            worker_init_fn=ignore_interrupts, generator=torch.Generator())
+        for batch in batches:
+            yield [x.to(self.device, non_blocking=True) for x in batch]
+
+    def train(self, s, batch):
+        """One step of Adam; and what the next line of the log will say of it."""
+        torch.manual_seed(mix(self.args.seed, s.stage, s.step, self.rank))     # noise in models
+        for group in s.optimizer.param_groups:
+            group["lr"] = s.lr * schedule(s.step, s.steps, self.args.lr_decay)
+        value, stats = self.forward(s.loss, s.net, batch)
+        s.optimizer.zero_grad()
+        value.backward()
+        if self.args.clip_norm:
+            nn.utils.clip_grad_norm_(s.model.parameters(), self.args.clip_norm)
+        s.optimizer.step()
+        s.step += 1
+        # No .item() here: it would make a GPU wait for Python at every step.
+        bad = (s.bad < 0) & ~value.detach().isfinite()                 # the first such step
+        s.bad = torch.where(bad, s.step, s.bad)
+        for name, x in {"loss": value, **stats, "steps": torch.ones_like(value)}.items():
+            s.sums[name] = s.sums.get(name, 0) + x.detach()
+
+    def forward(self, loss, net, batch):
+        with torch.autocast(self.device.type, torch.bfloat16,
+                            enabled=self.args.precision == "bf16"):
+            return loss(net, *batch)
+
+    def make_row(self, s):
+        """A line of the log: what was counted since the last one, over all processes."""
+        self.check_finite(s)
+        sums, s.sums = s.sums, {}
+        if self.world > 1:
+            for x in sums.values():
+                dist.all_reduce(x)
+        steps = sums.pop("steps").item()
+        row = {"stage": s.stage, "step": s.step, "seconds": round(self.seconds, 1)}
+        row.update({name: (x > 0).sum().item() if x.ndim else x.item() / steps
+                    for name, x in sums.items()})
+        s.rows.append(row)
+        return row
+
+    def check_finite(self, s):
+        if s.bad >= 0:
+            stop(f"the loss of stage {s.stage} is not finite at step {int(s.bad)}: try a lower "
+                 "--lr" + ("; a checkpoint written before is kept, --resume continues from it"
+                           if (self.home / f"checkpoint-{s.stage}.pt").exists() else ""))
+
+    @torch.no_grad()
+    def validate(self, s, valid, batch_size, most=16):
+        """The loss and stats of evenly spread validation examples, the same every time."""
+        index = torch.linspace(0, len(valid) - 1, min(len(valid), most * batch_size)).long()
+        sums = {}
+        s.model.eval()
+        torch.manual_seed(mix(self.args.seed, s.stage, "validation"))
+        for part in index.split(batch_size):
+            batch = [x.to(self.device) for x in valid[part]]
+            value, stats = self.forward(s.loss, s.model, batch)
+            for name, x in {"loss": value, **stats}.items():
+                sums[name] = sums.get(name, 0) + x * (1 if x.ndim else len(part) / len(index))
+        s.model.train()
+        found = {f"valid_{k}": (x > 0).sum().item() if x.ndim else x.item()
+                 for k, x in sums.items()}
+        if s.best is None or found["valid_loss"] < s.best["loss"]:
+            weights = {k: v.to("cpu", copy=True) for k, v in s.model.state_dict().items()}
+            s.best = {"loss": found["valid_loss"], "step": s.step, "model": weights}
+        return found
+
+    def agree(self, asked, step):
+        """Ctrl-C reaches processes at different steps: they stop together, at a multiple of ten."""
+        if self.world == 1:
+            return asked
+        if step % 10:
+            return False
+        flag = torch.tensor(float(asked), device=self.device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag)
 
     # -- files ---------------------------------------------------------------------------------
-
-    @property
-    def checkpoint(self):
-        return self.out / "checkpoint.pt"
 
     @property
     def seconds(self):
         """Time spent on this run, before and after a resume."""
         return self.seconds_before + time.time() - self.started
 
-    def save(self):
-        """Write checkpoint.pt and log.csv; a run killed in here loses neither."""
-        if self.rank == 0:
-            state = {"args": vars(self.args), "stages": self.stages, "log": self.rows,
-                     "seconds": self.seconds}
-            temporary = self.checkpoint.with_suffix(".tmp")
-            torch.save(state, temporary)
-            os.replace(temporary, self.checkpoint)  # atomic: the old file or the new one
-            self.write_log()
+    @torch.no_grad()
+    def save(self, s, batch):
+        """Write this stage's checkpoint and log.csv; a run killed in here loses neither."""
+        if self.rank or self.rehearsing:
+            return
+        # The last update may have spoilt the weights: save what another look confirms.
+        value, _ = self.forward(s.loss, s.model.eval(), batch)
+        s.model.train()
+        s.bad = torch.where((s.bad < 0) & ~value.isfinite(), s.step, s.bad)
+        self.check_finite(s)
+        state = {name: getattr(s, name) for name in ("step", "steps", "rows", "sums", "best")}
+        self.write(f"checkpoint-{s.stage}.pt", lambda f: torch.save({
+            **state, "model": s.model.state_dict(), "optimizer": s.optimizer.state_dict(),
+            "seconds": self.seconds}, f))
+        rows = [row for rows in self.rows.values() for row in rows]
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+        self.write_text("log.csv", text.getvalue())
 
-    def load(self):
-        """The checkpoint, read by the first process and sent to the others."""
-        state = [None]
-        if self.rank == 0:
-            try:
-                state = [torch.load(self.checkpoint, map_location="cpu", weights_only=True)]
-                state[0]["args"], state[0]["stages"], state[0]["log"], state[0]["seconds"]
-            except FileNotFoundError:
-                stop(f"--resume: there is no {self.checkpoint}")
-            except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError,
-                    pickle.UnpicklingError):
-                stop(f"--resume: {self.checkpoint} is torn, or no checkpoint of this project")
+    def read(self, name):
+        try:
+            return self.share(lambda: read_checkpoint(self.home / name))
+        except ValueError as e:
+            stop(f"--resume: {e}")
+
+    def share(self, find):
+        """find() by the first process, sent to the others."""
+        found = [find() if self.rank == 0 else None]
         if self.world > 1:
-            dist.broadcast_object_list(state)
-        return state[0]
+            dist.broadcast_object_list(found)
+        return found[0]
 
-    def write(self, name, text):
-        temporary = self.out / (name + ".tmp")
-        temporary.write_text(text)
-        os.replace(temporary, self.out / name)
+    def write(self, name, writer):
+        """Write a file of the run whole, or leave the one that is there."""
+        temporary = self.out / f"{name}.tmp"
+        try:
+            with open(temporary, "wb") as file:
+                writer(file)
+            os.replace(temporary, self.out / name)     # atomic: the old file or the new one
+        except (OSError, RuntimeError) as e:           # torch.save: RuntimeError on a full disk
+            temporary.unlink(missing_ok=True)
+            stop(f"{self.out / name} cannot be written: {reason(e)}; what was saved before is kept")
 
-    def write_log(self):
-        names = list(dict.fromkeys(name for row in self.rows for name in row))
-        temporary = self.out / "log.tmp"
-        with open(temporary, "w", newline="") as f:
-            writer = csv.DictWriter(f, names)
-            writer.writeheader()
-            writer.writerows(self.rows)
-        os.replace(temporary, self.out / "log.csv")
+    def write_text(self, name, text):
+        self.write(name, lambda f: f.write(text.encode()))
 
-    def write_curves(self):
-        """curves.png: every number of the log against the step, a panel each."""
-        import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-        skip = ("stage", "step", "seconds")
-        panels = list(dict.fromkeys((row["stage"], name) for row in self.rows
-                                    for name in row if name not in skip))
-        columns = min(4, len(panels))
-        height = -(-len(panels) // columns)
-        figure, axes = plt.subplots(height, columns, figsize=(3.2 * columns, 2.4 * height),
-                                    squeeze=False, layout="constrained")
+    def finish(self, metrics):
+        """metrics.json, curves.png and the last words."""
+        if self.rank:
+            return
+        def valid(x):                                  # JSON has neither NaN nor infinity
+            return [valid(y) for y in x] if isinstance(x, list) else (
+                None if isinstance(x, float) and not math.isfinite(x) else x)
+        metrics = {k: valid(v) for k, v in {**metrics, "seconds": round(self.seconds, 1)}.items()}
+        self.write_text("metrics.json", json.dumps(metrics, indent=1))
+        self.draw_curves()
+        for name, value in metrics.items():
+            numbers = " ".join(f"{x:.4g}" if isinstance(x, float) else str(x)
+                               for x in (value if isinstance(value, list) else [value]))
+            self.say(f"{name:32} {numbers}")
+        self.say(f"pictures and numbers are in {self.out}")
+
+    def draw_curves(self):
+        """curves.png: every number of the log against the step, validation beside training."""
+        from matplotlib.figure import Figure
+        rows = [row for stage in self.rows.values() for row in stage]
+        panels = list(dict.fromkeys((row["stage"], name.removeprefix("valid_")) for row in rows
+                                    for name in row if name not in ("stage", "step", "seconds")))
+        columns = min(4, len(panels)) or 1
+        height = -(-len(panels) // columns) or 1
+        figure = Figure((3.2 * columns, 2.4 * height), layout="constrained")
+        axes = figure.subplots(height, columns, squeeze=False)
         for axis, (stage, name) in zip(axes.flat, panels):
-            points = [(r["step"], r[name]) for r in self.rows if r["stage"] == stage and name in r]
-            axis.plot(*zip(*points), linewidth=1)
+            for key, label in ((name, "training"), (f"valid_{name}", "validation")):
+                points = [(r["step"], r[key]) for r in rows if r["stage"] == stage and key in r]
+                if points:
+                    axis.plot(*zip(*points), linewidth=1, label=label)
             axis.set(title=f"{stage}: {name}", xlabel="step")
+            axis.legend(fontsize=7)
         for axis in axes.flat[len(panels):]:
             axis.axis("off")
-        figure.savefig(self.out / "curves.png", dpi=100)
-        plt.close(figure)
+        self.write("curves.png", lambda f: figure.savefig(f, format="png", dpi=100))
 
-    # -- talking -------------------------------------------------------------------------------
+    def picture(self, name, images, title="", columns=(), rows=()):
+        """name.png: a grid of images (rows, columns, 3, H, W) uint8, with the names of both."""
+        from matplotlib.figure import Figure
+        *_, H, W = images.shape
+        sheet = F.pad(images.cpu().permute(0, 3, 1, 4, 2), (0, 0, 1, 1, 0, 0, 1, 1), value=255)
+        sheet = sheet.flatten(2, 3).flatten(0, 1)      # (rows * (H + 2), columns * (W + 2), 3)
+        height, width = sheet.shape[:2]
+        inch = max(width / 11, height / 14)            # pixels per inch: at most 11 x 14 inches
+        figure = Figure((max(3, width / inch), max(1, height / inch) + 0.6), layout="constrained")
+        axis = figure.add_subplot(title=plain(title, 200))
+        axis.imshow(sheet.numpy(), interpolation="nearest")
+        axis.set_xticks([(k + 0.5) * (W + 2) for k in range(len(columns))], map(plain, columns))
+        axis.set_yticks([(k + 0.5) * (H + 2) for k in range(len(rows))], map(plain, rows))
+        axis.tick_params(length=0, labelsize=8)
+        self.write(f"{name}.png", lambda f: figure.savefig(f, format="png", dpi=120))
 
-    def say(self, text):
-        if self.rank == 0:
-            print(text, flush=True)
+    # -- output --------------------------------------------------------------------------------
+
+    def say(self, text, end="\n"):
+        if self.rank or self.rehearsing:
+            return
+        try:
+            print(text, end=end, flush=True)
+        except (OSError, ValueError):                  # `| head -1`: training continues in silence
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
     def progress(self, row, steps, speed):
-        left = int((steps - row["step"]) / speed)
+        left = int((steps - row["step"]) / max(speed, 1e-9))
         numbers = "  ".join(f"{k} {v:.4g}" for k, v in row.items()
                             if k not in ("stage", "step", "seconds"))
         line = (f"{row['stage']} {row['step']}/{steps}  {speed:.2f} steps/s  "
                 f"{left // 60}:{left % 60:02d} left  {numbers}")
-        if self.rank != 0:
-            return
-        if sys.stdout.isatty():  # one line, rewritten in place
-            print(f"\r\x1b[K{line}", end="\n" if row["step"] == steps else "", flush=True)
+        if sys.stdout and sys.stdout.isatty():  # one line, rewritten in place
+            self.say(f"\r\x1b[K{line}", end="\n" if row["step"] == steps else "")
         elif row["step"] == steps or row["step"] % (10 * max(1, steps // 200)) == 0:
-            print(line, flush=True)
+            self.say(line)
+
+
+def read_checkpoint(file):
+    """A checkpoint of this project; ValueError with one line if it is anything else."""
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        kinds = ({"script": str, "args": dict, "facts": dict} if file.name == "checkpoint.pt" else
+                 {"step": int, "steps": int, "rows": list, "sums": dict, "model": dict,
+                  "optimizer": dict, "best": (dict, type(None)), "seconds": float})
+        if type(state) is dict and all(isinstance(state[k], kinds[k]) for k in kinds):
+            return state
+    except FileNotFoundError:
+        raise ValueError(f"there is no {file}") from None
+    except Exception:  # what a torn file makes torch and pickle raise has no end
+        pass
+    raise ValueError(f"{file} is corrupt, or not a checkpoint of this project")
+
+
+def read_run(folder, script, stages):
+    """A finished run -> its args, the facts of its data, and the weights of each of the stages."""
+    folder = Path(folder)
+    common = read_checkpoint(folder / "checkpoint.pt")
+    if common["script"] != script:
+        raise ValueError(f"{folder} holds a run of train_{common['script']}.py, not of "
+                         f"train_{script}.py")
+    weights, args = [], argparse.Namespace(**common["args"])
+    for stage in stages:
+        state = read_checkpoint(folder / f"checkpoint-{stage}.pt")
+        if state["step"] < state["steps"]:
+            raise ValueError(f"{folder}: stage {stage} is at step {state['step']} of "
+                             f"{state['steps']}; --resume finishes it")
+        best = state["best"] if args.keep == "best" else None
+        weights.append(best["model"] if best else state["model"])
+    return args, common["facts"], weights
+
+
+def prepare(run, source, key, items, item_shape):
+    """Decode data once, in parallel, into a memory-mapped file that all processes of a machine
+    share and that later runs find again.
+
+    items: a list or data set; items[i] is a uint8 array (n_i, *item_shape), or raises ValueError.
+    source: what is being decoded, in words. key: all that the result depends on (paths, sizes,
+    times of files; flags): anything else has to be decoded anew.
+    Returns all items joined, (sum n_i, *item_shape) uint8, and the list of n_i.
+    """
+    words = (s.encode("utf-8", "surrogateescape") for s in (source, f"{key} {item_shape}"))
+    name = "-".join(hashlib.sha256(word).hexdigest()[:12] for word in words)
+    file = run.home.parent / "cache" / f"{name}.bin"
+    note = file.with_suffix(".json")                   # written last: then the file is whole
+    if run.local_rank == 0 and not note.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(file.with_suffix(".tmp"), "wb") as f:
+            lengths = decode(run, source, items, f)
+        for stale in file.parent.glob(f"{name.split('-')[0]}-*.[bj]*"):
+            stale.unlink()                             # of other files, or other flags
+        os.replace(f.name, file)
+        note.with_suffix(".new").write_text(json.dumps(lengths))
+        os.replace(note.with_suffix(".new"), note)
+    while not note.exists():                           # however long the first process takes
+        time.sleep(0.1)
+    lengths = json.loads(note.read_text())
+    size = sum(lengths) * math.prod(item_shape)
+    joined = torch.from_file(str(file), shared=False, size=size, dtype=torch.uint8)
+    return joined.view(-1, *item_shape), lengths
+
+
+def decode(run, source, items, file):
+    """Write items one after the other, decoded by all cores; returns how long each one is."""
+    lengths, begun, said = [], time.time(), time.time()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    loader = torch.utils.data.DataLoader(
+        items, batch_size=None, num_workers=min(cores, len(items)), generator=torch.Generator(),
+        worker_init_fn=ignore_interrupts)
+    try:
+        for x in loader:
+            file.write(x.numpy())
+            lengths.append(len(x))
+            if time.time() - said > 5:
+                said, share = time.time(), len(lengths) / len(items)
+                left = int((said - begun) * (1 - share) / share)
+                run.say(f"{source}: {100 * share:.0f} % decoded, {left // 60}:{left % 60:02d} left")
+    except ValueError as e:  # comes out of a worker as a traceback; its last line is what was said
+        raise ValueError(str(e).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
+    return lengths
+
+
+def ignore_interrupts(worker):
+    """Ctrl-C reaches the loader's workers too; the main process still wants its batch."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def batches(tensor, size, device):
+    """A CPU tensor piece by piece on the device, for measuring: nothing whole lies there."""
+    for part in tensor.split(size):
+        yield part.to(device)
+
+
+def smallest_int(num_codes):
+    """The dtype to keep codes in; they are int64 in use."""
+    return (torch.uint8 if num_codes <= 2 ** 8 else torch.int16 if num_codes <= 2 ** 15
+            else torch.int32)
+
+
+def digest(tensor):
+    """A checksum of a thousand evenly spread examples: is this the data of the checkpoint?"""
+    some = tensor[torch.linspace(0, len(tensor) - 1, min(len(tensor), 1000)).long()]
+    return zlib.crc32(some.contiguous().numpy().tobytes(), len(tensor))
+
+
+def make_quantizer(args, num_codebooks=1):
+    Quantizer = {"loss": VectorQuantizer, "ema": VectorQuantizerEMA}[args.codebook]
+    return Quantizer(args.num_codes, args.code_dim, args.beta, num_codebooks=num_codebooks)
+
+
+def check_batch(examples, batch_size, what, flag):
+    if examples < batch_size:
+        stop(f"{what}: {examples} training examples are fewer than a batch of {batch_size} ({flag})")
+
+
+def plain(text, most=40):
+    """Any name, so that matplotlib can draw it: no mathematics, no odd bytes, not too long."""
+    text = str(text).encode("utf-8", "backslashreplace").decode()
+    return " ".join(text.split())[:most].replace("$", r"\$")
+
+
+def safe_name(text):
+    """Any name as part of a file's name."""
+    return re.sub(r"[^\w.-]+", "_", str(text).encode("ascii", "replace").decode())[:40]
 
 
 class Interrupt:
-    """Ctrl-C asks for a stop at the end of the step; a second one stops at once."""
+    """Ctrl-C stops at the end of the step; a second one stops at once."""
 
     def __enter__(self):
         self.asked, self.old = False, {}
@@ -1069,15 +1565,13 @@ class Interrupt:
 
 
 def pick_device(name, local_rank=0):
-    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-           "cpu": True}
-    if name == "auto":
-        name = next(n for n in ("cuda", "mps", "cpu") if has[n])
+    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = next(n for n in has if has[n]) if name == "auto" else name
     if not has[name]:
         stop(f"--device {name}: torch {torch.__version__} finds none on this machine")
     if name == "cuda":
         torch.cuda.set_device(local_rank)
-    return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
+    return torch.device(name, local_rank if name == "cuda" else None)
 
 
 def mix(*parts):
@@ -1095,8 +1589,3 @@ def schedule(step, steps, decay):
     up = (step + 1) / min(100, 1 + steps // 4)
     down = (steps - step) / (decay * steps) if decay > 0 else 1.0
     return min(1.0, up, down)
-
-
-def command():
-    """How this script was called, without its flags."""
-    return f"python {os.path.basename(sys.argv[0])}"
