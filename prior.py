@@ -518,13 +518,11 @@ class WaveNet(nn.Module):
 
 
 class ActionBlock(nn.Module):
-    """Residual block of two 3x3 convolutions, whose hidden channels are scaled and shifted
-    depending on the action: FiLM (Perez et al. 2018, "FiLM: Visual Reasoning with a General
-    Conditioning Layer"), with a scale and a shift for each position: a step forward moves the
-    left half of the picture to the left and the right half to the right. Without the
-    normalisation the network is very slow to learn to copy.
-
-    A actions, "unknown" among them; F channels of the action map (see VideoPrior.action_map).
+    """Residual block of two 3x3 convolutions. The action scales and shifts its hidden channels:
+    FiLM (Perez et al. 2018), here for each position, since a step forward moves the left half of
+    the picture to the left and the right half to the right. Without the normalisation the
+    network is very slow to learn to copy. A actions, "unknown" among them; F channels of
+    VideoPrior.action_map.
     """
 
     def __init__(self, channels, action_channels):
@@ -555,8 +553,7 @@ class VideoPrior(nn.Module):
         num_codes: K. num_actions: 0 for a model without actions.
         channels: of U-Net and PixelCNN. num_layers: of the PixelCNN; with few of them a code
             sees only its neighbours in its own frame, and all of the frames before.
-        context: how many frames back the model sees. Longer clips may be given.
-        action_channels: F, of the action map.
+        context: how many frames back the model sees. action_channels: F, of the action map.
 
     Frames before the first hold a code of their own, "no frame": p(z_1) is learned with the rest,
     and a clip may start from nothing. Action -1, or no actions at all, means "unknown".
