@@ -51,7 +51,3 @@ def pytest_runtest_makereport(item, call):
         if lines:
             report.sections.append(("not written yet", "\n".join(lines)))
     return report
-
-
-def pytest_terminal_summary(terminalreporter):  # LEAD: temporary, remove when read
-    terminalreporter.write_line(open("/root/work/LINE_BUDGET.txt").read())
