@@ -280,6 +280,7 @@ def fit_second(run, vqvae, vae, alone, codes, lookup):
     share = min(len(maps), args.num_codes) // run.world
     z_e = apply(run, lambda c: vqvae.encoder(lookup(c)), maps[run.rank::run.world][:share])
     vqvae.quantizer.init_codebook(vqvae.quantizer.to_vectors(z_e.to(run.device)))
+    vqvae.quantizer.moved.zero_()                      # or a resumed Adam would forget its moments
     fit("second-vqvae", vqvae, loss, steps // 2 or 1)
     fit("second-vae", vae, loss, steps)
     fit("second-alone", alone, lambda net, codes, *_: prior_loss(net, codes), steps)

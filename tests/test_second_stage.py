@@ -146,7 +146,7 @@ def test_cached_sampling_given_a_global_code_equals_naive(vqvae):
 
 def test_codebooks_start_after_the_warm_up_at_outputs_for_k_maps(vqvae):
     codes, book = torch.randint(K, (40, *FIELD)), torch.randn(K, C)
-    initialised, start = {}, []
+    initialized, start = {}, []
 
     class Run:
         args, rank, world, device = train_image.make_parser().parse_args([]), 0, 1, "cpu"
@@ -288,7 +288,8 @@ def test_script_writes_figure_and_numbers(runs):
     metrics = json.loads((runs / "whole" / "metrics.json").read_text())
     names = [f"second_{k}" for k in (
         "bits_own", "bits_other", "bits_alone", "vae_bits_own", "vae_bits_other", "vae_kl_bits",
-        "prior_bits", "bits_total", "vae_bits_total", "codes_used_1", "codes_used_2", "codes_used_3", "read_solid", "chance_solid")]
+        "prior_bits", "bits_total", "vae_bits_total", "codes_used_1", "codes_used_2",
+        "codes_used_3", "read_solid", "chance_solid")]
     assert not [name for name in names if not math.isfinite(metrics[name])]
     assert all(1 <= metrics[f"second_codes_used_{g}"] <= 16 for g in (1, 2, 3))
     assert metrics["second_bits_total"] == pytest.approx(
