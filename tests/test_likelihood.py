@@ -21,9 +21,10 @@ import train_image
 from prior import PixelCNN
 from test_images import fake_run, pixels, start
 from test_run import stopped
-from train_image import Data, Images, code_usage, load_cifar10, measure, measure_prior
+from train_image import Images, code_usage, load_cifar10, measure, measure_prior
 from vqvae import (VAE, VIMCO, VQVAE, Categorical, Gaussian, Logistics, VectorQuantizer,
-                   VectorQuantizerEMA, bits_per_dim, gaussian_kl, likelihood_gap, to_unit, vimco)
+                   VectorQuantizerEMA, bits_per_dim, gaussian_kl, likelihood_gap,
+                   read_run, to_unit, vimco)
 
 WIDTHS = dict(hidden=8, res_hidden=8)
 PRIORS = ["uniform", "learned", "gaussian"]
@@ -720,22 +721,22 @@ def cifar10_files(count=4):
     return files, images, labels
 
 
+def write_archive(path, folder="cifar-10-batches-bin"):
+    """cifar-10-binary.tar.gz in small -> its MD5."""
+    with tarfile.open(path, "w:gz") as tar:
+        for name, content in cifar10_files()[0].items():
+            info = tarfile.TarInfo(f"{folder}/{name}")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return hashlib.md5(path.read_bytes()).hexdigest()
+
+
 @pytest.fixture
 def archive(monkeypatch, tmp_path):
-    """cifar-10-binary.tar.gz in small, served on localhost; train_image expects its digest."""
+    """Such an archive, served on localhost; train_image expects its digest."""
     (tmp_path / "web").mkdir()
     path = tmp_path / "web" / "cifar-10-binary.tar.gz"
-
-    def pack(folder="cifar-10-batches-bin"):
-        with tarfile.open(path, "w:gz") as tar:
-            for name, content in cifar10_files()[0].items():
-                info = tarfile.TarInfo(f"{folder}/{name}")
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
-        monkeypatch.setattr(train_image, "CIFAR10_MD5", hashlib.md5(path.read_bytes()).hexdigest())
-        return path
-
-    pack()
+    monkeypatch.setattr(train_image, "CIFAR10_MD5", write_archive(path))
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *args):
@@ -746,7 +747,7 @@ def archive(monkeypatch, tmp_path):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setattr(train_image, "CIFAR10_URL",
                         f"http://127.0.0.1:{server.server_port}/{path.name}")
-    yield pack
+    yield path
     server.shutdown()
     server.server_close()
 
@@ -759,7 +760,7 @@ def same_as_the_files(data):
         "validation is cut from training, never from the test batch")
     assert len(data.valid) == 2 and len(data.classes) == 10
     for part in (data.train, data.valid, data.test):
-        assert part.labels()[0].tolist() == labels[part.rows].tolist()
+        assert part.labels[0].tolist() == labels[part.rows].tolist()
 
 
 def refused(folder):
@@ -768,24 +769,16 @@ def refused(folder):
     return str(error.value)
 
 
-def test_cifar10_extracted(tmp_path):
-    (tmp_path / "cifar-10-batches-bin").mkdir()
-    for name, content in cifar10_files()[0].items():
-        (tmp_path / "cifar-10-batches-bin" / name).write_bytes(content)
-    same_as_the_files(load_cifar10(tmp_path))
-
-
 def test_cifar10_packed(archive, tmp_path, monkeypatch):
     monkeypatch.setattr(train_image, "CIFAR10_URL", "http://127.0.0.1:1/none")
     same_as_the_files(load_cifar10(tmp_path / "web"))
-    assert sorted(p.name for p in (tmp_path / "web").iterdir()) == [
-        "cifar-10-batches-bin", "cifar-10-binary.tar.gz"], "something was left behind"
+    assert [p.name for p in (tmp_path / "web").iterdir()] == ["cifar-10-binary.tar.gz"]
 
 
 def test_cifar10_downloaded_once(archive, tmp_path, monkeypatch):
     same_as_the_files(load_cifar10(tmp_path / "new" / "data"))
-    assert sorted(p.name for p in (tmp_path / "new" / "data").iterdir()) == [
-        "cifar-10-batches-bin", "cifar-10-binary.tar.gz"]
+    left = [p.name for p in (tmp_path / "new" / "data").iterdir()]
+    assert left == ["cifar-10-binary.tar.gz"], "something was left behind"
     monkeypatch.setattr(train_image, "CIFAR10_URL", "http://127.0.0.1:1/none")
     same_as_the_files(load_cifar10(tmp_path / "new" / "data"))
 
@@ -800,41 +793,19 @@ def test_cifar10_offline_names_the_file_and_where_it_belongs(tmp_path, capsys, m
 def test_cifar10_download_of_something_else_is_not_kept(archive, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train_image, "CIFAR10_MD5", "0" * 32)
     line = refused(tmp_path / "data")
-    assert "0" * 32 in line and not list((tmp_path / "data").iterdir()), (
+    assert "0" * 32 in line and not (tmp_path / "data").exists(), (
         "what is not the file we know must not be there under its name")
 
 
 def test_cifar10_torn_archive_is_named(archive, tmp_path, capsys):
-    path = archive()
-    path.write_bytes(path.read_bytes()[:-100])
+    archive.write_bytes(archive.read_bytes()[:-100])
     line = refused(tmp_path / "web")
-    assert "MD5" in line and str(path) in line
-    assert [p.name for p in (tmp_path / "web").iterdir()] == [path.name]
-
-
-def test_cifar10_archive_cannot_write_outside_its_folder(archive, tmp_path, capsys):
-    archive("../../evil")
-    refused(tmp_path / "web")
-    assert not list(tmp_path.rglob("evil*")) and not (tmp_path.parent / "evil").exists()
-    assert [p.name for p in (tmp_path / "web").iterdir()] == ["cifar-10-binary.tar.gz"]
-
-
-@pytest.mark.parametrize("spoil", [lambda b: b[:-1], lambda b: b"", lambda b: b"\x0a" + b[1:],
-                                   None])
-def test_cifar10_bad_file_is_named(tmp_path, capsys, spoil):
-    (tmp_path / "cifar-10-batches-bin").mkdir()
-    for name, content in cifar10_files()[0].items():
-        if name == "data_batch_3.bin":
-            if spoil is None:
-                continue
-            content = spoil(content)
-        (tmp_path / "cifar-10-batches-bin" / name).write_bytes(content)
-    assert "data_batch_3.bin" in refused(tmp_path)
+    assert "MD5" in line and str(archive) in line
 
 
 # -- the whole run --------------------------------------------------------------------------------
 
-TINY = ("--preset cifar10-small --steps 4 --prior-steps 2 --classifier-steps 2 "
+TINY = ("--preset cifar10-small --steps 4 --prior-steps 2 "
         "--hidden 8 --res-hidden 8 --prior-channels 8 --num-codes 8 --num-codebooks 3 --code-dim 4 "
         "--latents 3 --batch-size 4 --samples 3 --device cpu").split()
 
@@ -842,20 +813,22 @@ TINY = ("--preset cifar10-small --steps 4 --prior-steps 2 --classifier-steps 2 "
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("likelihood")
-    (folder / "data" / "cifar-10-batches-bin").mkdir(parents=True)
-    for name, content in cifar10_files()[0].items():
-        (folder / "data" / "cifar-10-batches-bin" / name).write_bytes(content)
+    (folder / "data").mkdir()
+    md5 = write_archive(folder / "data" / "cifar-10-binary.tar.gz")
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_image, "CIFAR10_MD5", md5)
         patch.chdir(folder)                            # --data cifar10 --data-dir data by default
         for kind in MODELS:
             start(patch, *TINY, "--model", kind, "--out", kind)
-    return folder
+        yield folder
 
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_metrics_are_what_the_trained_model_scores(folder, kind):
     metrics = json.loads((folder / kind / "metrics.json").read_text())
-    model = train_image.load(folder / kind, "cpu").model.to(memory_format=torch.channels_last)
+    args, facts, [state] = read_run(folder / kind, "image", [kind])
+    model = train_image.make_model(args, facts).eval().to(memory_format=torch.channels_last)
+    model.load_state_dict(state)
     test = torch.from_numpy(cifar10_files()[1][20:]).permute(0, 3, 1, 2)
     torch.manual_seed(0)
     got = bits_per_dim(model, test)
@@ -904,7 +877,5 @@ def test_vimco_with_too_few_samples_is_named(folder, capsys, monkeypatch, flags)
 
 @pytest.mark.parametrize("kind", ["vae", "vimco"])
 def test_models_without_codes_say_so(folder, kind):
-    run = train_image.load(folder / kind, "cpu")
-    for use in (lambda: run.sample(1), lambda: run.encode(torch.zeros(1, 3, 8, 8))):
-        with pytest.raises(ValueError, match=f"--model {kind} has no"):
-            use()
+    with pytest.raises(ValueError, match="checkpoint-vqvae.pt"):
+        train_image.load(folder / kind, "cpu")

@@ -144,34 +144,6 @@ def test_cached_sampling_given_a_global_code_equals_naive(vqvae):
     assert torch.equal(cached, naive)
 
 
-def test_codebooks_start_after_the_warm_up_at_outputs_for_k_maps(vqvae):
-    codes, book = torch.randint(K, (40, *FIELD)), torch.randn(K, C)
-    initialized, start = {}, []
-
-    class Run:
-        args, rank, world, device = train_image.make_parser().parse_args([]), 0, 1, "cpu"
-        args.second_steps, args.num_codes, args.batch_size = 4, K, 8
-
-        def fit(self, stage, net, loss, *sizes):
-            if net is vqvae:
-                start[:] = [net.quantizer.codebook.detach().clone()]
-                loss(net.train(), codes[:8])
-                initialized[stage] = bool(net.eval().quantizer.initialized)
-
-    def vectors(codes):
-        return book[codes].permute(0, 3, 1, 2)
-
-    parts = train_image.Codes(TensorDataset(codes.to(torch.uint8)), None, None)
-    train_image.fit_second(Run(), vqvae, None, None, parts, vectors)
-    assert initialized == {"second-autoencoder": False, "second-vqvae": True}, (
-        "the warm-up leaves the codebooks out")
-    z = vqvae.quantizer.to_vectors(vqvae.encoder(vectors(codes)))      # (3, 40, D)
-    distance = (start[0].view(3, K, 1, D) - z.unsqueeze(1)).abs().amax(3)
-    assert distance.amin(2).max() < 1e-6, "each code starts where the encoder puts some map"
-    assert all(len(set(row.tolist())) == K for row in distance.argmin(2)), (
-        "from K maps: with a batch of 8 all others would be copies of these")
-
-
 # -- the numbers --------------------------------------------------------------------------------
 
 
@@ -188,37 +160,16 @@ class Oracle:
 
 def test_own_and_other_are_told_their_own_and_anothers_global_code():
     codes = torch.arange(10).view(-1, 1, 1).expand(10, *FIELD)
-    bits = train_image.conditional_bits("a", Oracle(), codes, torch.arange(10.0).view(-1, 1, 1, 1))
+    bits = train_image.conditional_bits("a", Oracle(), codes, torch.arange(10.0).view(-1, 1, 1, 1),
+                                        6.0)
     assert bits["a_bits_own"] < 0.01 and bits["a_bits_other"] > 10
 
 
 def test_other_is_not_the_next_frame_of_the_clip():
     codes = (torch.arange(20) // 5).view(-1, 1, 1).expand(20, *FIELD)  # clips of five equal frames
     z = codes[:, :1, :1].unsqueeze(1).float()
-    assert train_image.conditional_bits("a", Oracle(), codes, z)["a_bits_other"] > 28, (
+    assert train_image.conditional_bits("a", Oracle(), codes, z, 6.0)["a_bits_other"] > 28, (
         "20 nats a code, 28.9 bits, if no image gets the code of a frame of its own clip")
-
-
-def test_naive_bayes_is_naive_bayes_over_the_three_tables():
-    generator = torch.Generator().manual_seed(0)
-    three = torch.randint(4, (300, 3), generator=generator)
-    values = (three[:, 1] + torch.randint(2, (300,), generator=generator)) % 3
-    asked = torch.cartesian_prod(*[torch.arange(4)] * 3)
-    got = train_image.naive_bayes(three, values, asked, 4)
-    for codes, guess in zip(asked.tolist(), got.tolist()):
-        p = []
-        for v in range(3):
-            of_v = three[values == v]
-            p.append(len(of_v) * math.prod(
-                ((of_v[:, g] == codes[g]).sum().item() + 1) / (len(of_v) + 4) for g in range(3)))
-        assert guess == int(np.argmax(p)), codes
-
-
-def test_naive_bayes_tells_what_only_one_of_the_three_knows():
-    three = torch.randint(8, (400, 3))
-    for g in range(3):
-        guess = train_image.naive_bayes(three[:300], three[:300, g] // 2, three[300:], 8)
-        assert torch.equal(guess, three[300:, g] // 2), f"codebook {g} is not looked at"
 
 
 # -- figure 5 -----------------------------------------------------------------------------------
@@ -289,7 +240,7 @@ def test_script_writes_figure_and_numbers(runs):
     names = [f"second_{k}" for k in (
         "bits_own", "bits_other", "bits_alone", "vae_bits_own", "vae_bits_other", "vae_kl_bits",
         "prior_bits", "bits_total", "vae_bits_total", "codes_used_1", "codes_used_2",
-        "codes_used_3", "read_solid", "chance_solid")]
+        "codes_used_3")]
     assert not [name for name in names if not math.isfinite(metrics[name])]
     assert all(1 <= metrics[f"second_codes_used_{g}"] <= 16 for g in (1, 2, 3))
     assert metrics["second_bits_total"] == pytest.approx(
@@ -305,7 +256,7 @@ def test_script_writes_figure_and_numbers(runs):
 def test_stopped_and_resumed_second_stage_equals_uninterrupted(runs):
     names = [{p.name for p in (runs / folder).glob("checkpoint-*.pt")}
              for folder in ("whole", "parts")]
-    assert names[0] == names[1] and len(names[0]) == 8, "the same stages"
+    assert names[0] == names[1] and len(names[0]) == 7, "the same stages"
     changed = [name for name in names[0] if not same(*(
         {k: v for k, v in torch.load(runs / folder / name, weights_only=True).items()
          if k in ("model", "optimizer", "best", "step")} for folder in ("whole", "parts")))]
