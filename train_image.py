@@ -233,7 +233,7 @@ def fit_second(run, codes, lookup):
         return y.loss, stats
     sizes = (args.num_codebooks * args.code_dim, grid, args.hidden, args.res_hidden)
     vqvae = GlobalVQVAE(make_quantizer(args, LATENTS), pixelcnn(latent), *sizes)
-    vqvae.quantizer.restart_after = 5                  # counted in latents: a map has three only
+    vqvae.quantizer.restart_after = 5                  # counted in latents; a map has one for each
     vae, alone = GlobalVAE(latent, pixelcnn(latent), *sizes), pixelcnn()
     for name, net, f in (("vqvae", vqvae, loss), ("vae", vae, loss),
                          ("alone", alone, lambda net, codes, *_: prior_loss(net, codes))):
@@ -582,9 +582,8 @@ def read_image(file, size=None, mode="RGB"):
 
 
 def load_file(path):
-    """.npy with images, mapped and not read into memory; or .npz, with `labels` (N,) and `split`
-    (N,) of "train" / "valid" / "test" beside the one array of images. Any layout becomes
-    (N, H, W, C), as a view; frames of a clip stay together."""
+    """.npy, mapped and not read into memory; or .npz, with `labels` (N,) and `split` (N,) of
+    "train" / "valid" / "test" beside its one array of images. Frames of a clip stay together."""
     with reading(path):
         # mode c: changes, which nobody makes, would stay in memory.
         file = np.load(path, mmap_mode="c", allow_pickle=False)
@@ -601,7 +600,7 @@ def load_file(path):
         raise ValueError(f"{path}: needs one array of images (N, H, W, 3 or 1), (N, 3, H, W), "
                          "(N, H, W) or clips (N, T, H, W, 3), uint8, 0 .. 255 (of floats from 0 to "
                          f"1: (images * 255).round().astype('uint8')); found {shown}")
-    N, clip = len(images), images.shape[1] if images.ndim == 5 else 1
+    N, clip, classes = len(images), images.shape[1] if images.ndim == 5 else 1, ()
     labels, split = arrays.get("labels"), arrays.get("split", np.repeat("train", N))
     for name, a, kind in ("labels", labels, "iu"), ("split", split, "U"):
         if a is not None and (a.shape != (N,) or a.dtype.kind not in kind):
@@ -609,7 +608,6 @@ def load_file(path):
                              f"image or clip: integers, or words of {', '.join(PARTS)}")
     with reading(f"{path}: split"):                    # a word that is none of these
         part = np.array([PARTS[word] for word in split.tolist()]).repeat(clip)
-    classes = ()
     if labels is not None:  # a class is a value that occurs: a label of 300,000 is one class
         classes, labels = np.unique(labels.repeat(clip), return_inverse=True)
     return Data(images.reshape(-1, *images.shape[-3:]), cut(path, np.arange(N).repeat(clip), part),
@@ -657,7 +655,8 @@ def make_parser():
     flag("--num-codebooks", type=positive(int), default=1, help="codes per position (sec. 3.2: 10)")
     flag("--latents", type=positive(int), default=32, help="dimensions per position of --model vae")
     flag("--samples", type=positive(int), default=50, help="S >= 2 of --model vimco (paper 50)")
-    flag("--vimco-prior", choices=["uniform", "learned", "gaussian"], default="uniform")
+    flag("--vimco-prior", choices=["uniform", "learned", "gaussian"], default="uniform",
+         help="p(z) of --model vimco")
     flag("--res-hidden", type=positive(int), help="channels inside a residual block")
     flag("--prior-batch-size", type=positive(int), help="of the prior (default --batch-size)")
     flag("--prior-lr", type=positive(float), help="Adam's learning rate for the prior")
@@ -692,7 +691,6 @@ def demo_images(count, seed=0, size=64):
 
     def fill(part):  # images of one solid, few enough for the cache
         images[part] = render(labels[part[0]], {k: v[part] for k, v in scene.items()}, size)
-
     parts = [part for label in range(len(SOLIDS)) for part in
              np.split(np.flatnonzero(labels == label), range(16, count, 16)) if len(part)]
     with ThreadPoolExecutor() as pool:                 # numpy works outside Python's lock

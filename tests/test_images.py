@@ -378,7 +378,7 @@ def floats(folder):
 
 FINE = noise(20, 8, 8, 3)
 BAD = {
-    "nothing there": (lambda folder: folder / "d", ["--data", "d"]),
+    "nothing there": (lambda folder: folder / "d", ["/d:", "No such file"]),
     "empty folder": (pictures(count=0), ["d", "no images"]),
     "mixed sizes": (pictures(lambda d: Image.fromarray(noise(8, 12, 3)).save(d / "x.png")),
                     ["x.png", "8 x 12", "8 x 8", "--size"]),
@@ -411,8 +411,8 @@ BAD = {
     "split of bytes": (array("a.npz", images=FINE, split=np.array([b"\xe9"] * 20)), ["split"]),
     "split of numbers": (array("a.npz", images=FINE, split=np.arange(20)), ["split", "train"]),
     "no path": (lambda folder: "", ["--data"]),
-    "a newline in a name": (lambda folder: "d\ne", ["--data"]),
-    "a name of 5,000 letters": (lambda folder: "d" * 5000, ["--data"]),
+    "a newline in a name": (lambda folder: "d\ne", ["d e: "]),
+    "a name of 5,000 letters": (lambda folder: "d" * 5000, ["ddd"]),
     "short labels": (array("a.npz", images=FINE, labels=np.arange(4)), ["labels", "(4,)", "(20,)"]),
     "labels in rows": (array("a.npz", images=FINE, labels=np.zeros((20, 2), int)), ["(20, 2)"]),
     "fractional labels": (array("a.npz", images=FINE, labels=np.ones(20)), ["labels", "integers"]),

@@ -872,7 +872,7 @@ def test_resume_of_a_finished_run_measures_the_same(folder, kind, monkeypatch):
 def test_vimco_with_too_few_samples_is_named(folder, capsys, monkeypatch, flags):
     monkeypatch.chdir(folder)
     line = stopped(capsys, start, monkeypatch, *TINY, "--model", "vimco", *flags)
-    assert "--samples" in line
+    assert "samples" in line, "the rehearsal finds what VIMCO refuses"
 
 
 @pytest.mark.parametrize("kind", ["vae", "vimco"])
