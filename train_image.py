@@ -233,7 +233,7 @@ def fit_second(run, codes, lookup):
         return y.loss, stats
     sizes = (args.num_codebooks * args.code_dim, grid, args.hidden, args.res_hidden)
     vqvae = GlobalVQVAE(make_quantizer(args, LATENTS), pixelcnn(latent), *sizes)
-    vqvae.quantizer.restart_after = 5                  # counted in latents; a map has one for each
+    vqvae.quantizer.restart_after = 2                  # counted in latents; a map has one for each
     vae, alone = GlobalVAE(latent, pixelcnn(latent), *sizes), pixelcnn()
     for name, net, f in (("vqvae", vqvae, loss), ("vae", vae, loss),
                          ("alone", alone, lambda net, codes, *_: prior_loss(net, codes))):
