@@ -102,6 +102,8 @@ class Model(NamedTuple):
 
 
 def make_model(args, facts):
+    if args.prior_channels < 2:
+        raise ValueError("--prior-channels must be at least 2")
     vqvae = VQVAE(make_quantizer(args), Gaussian(facts["variance"]), hidden=args.hidden,
                   res_hidden=args.res_hidden)
     prior = VideoPrior(args.num_codes, 0 if args.no_actions else len(facts["actions"]),
@@ -664,7 +666,8 @@ class Clips:
     def __init__(self, frames, actions, which=None, world=None, poses=None):
         self.all = torch.from_numpy(frames).permute(0, 1, 4, 2, 3)     # (N, T, 3, H, W)
         self.which = torch.arange(len(frames)) if which is None else which
-        self.actions = torch.from_numpy(actions[self.which, :frames.shape[1] - 1].astype(np.int64))
+        actions = torch.from_numpy(actions[:, :frames.shape[1] - 1].astype(np.int64))
+        self.actions = actions[self.which]             # (n, T-1)
         self.world, self.poses = world, poses
 
     def __len__(self):
@@ -713,7 +716,7 @@ def make_data(parts, names):
     some = some[torch.linspace(0, len(some) - 1, 1000).long()][0]
     facts = {"actions": list(names), "size": list(train.shape[-2:]), "digest": digest(train.all),
              "variance": to_unit(some).var().item()}   # of x, for eq. 3's first term
-    if facts["variance"] == 0:
+    if some.min() == some.max():
         raise ValueError("every pixel of the training frames has the same value: there is nothing "
                          "to learn")
     return Data(parts, list(names), facts)
@@ -753,9 +756,10 @@ def read_arrays(path):
         if os.path.isdir(path):                        # mode c: a memory map, never written back
             return [np.load(Path(path, f"{name}.npy"), "c", allow_pickle=False) for name in names]
         file = np.load(path, allow_pickle=False)
-        if not hasattr(file, "files") or not set(names) <= set(file.files):
+        arrays = [file[n] for n in names if n in getattr(file, "files", ())]
+        if [type(a) for a in arrays] != [np.ndarray] * 2:  # other things in a zip are bytes
             raise ValueError("an .npz with two arrays, `frames` and `actions`, is needed")
-        return [file[name] for name in names]
+        return arrays
 
 
 def problem_of(frames, actions):

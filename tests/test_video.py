@@ -1,22 +1,32 @@
 """VideoPrior (section 4 of prior.py) and train_video.py: its world, its data, the whole run."""
 
+import argparse
 import csv
+import io
 import json
 import os
+import shutil
 import subprocess
 import sys
+import zipfile
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from matplotlib.backend_bases import KeyEvent
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from PIL import Image
 
 import train_video
 from conftest import ROOT
 from prior import VideoPrior
-from train_video import (ACTIONS, GENERATED, GIVEN, Data, World, action_accuracy, bits_per_code,
-                         compare, demo_clips, edges, load_clips, pieces, psnr)
+from train_video import (ACTIONS, GENERATED, GIVEN, Clips, Judge, RollOut, Stretches, Walk, Window,
+                         World, action_accuracy, bits_per_frame, bits_without_actions, compare,
+                         demo_clips, demo_clips_of, edges, encode_all, find_action, judge_accuracy,
+                         judge_loss, load, load_clips, pieces, psnr, roll_out)
+from vqvae import launch, to_unit
 
 FORWARD, LEFT, RIGHT = range(3)
 QUARTER = 90 // train_video.TURN
@@ -278,9 +288,20 @@ def test_demo_clips_are_a_function_of_the_seed(world):
 def test_recorded_actions_lead_to_the_recorded_frames(world):
     frames, actions, poses = demo_clips(world, 20, GIVEN + GENERATED, 16, 0)
     assert set(actions.ravel()) == {FORWARD, LEFT, RIGHT}
-    data = Data(frames, frames, actions, actions, ACTIONS, world, poses)
-    truth = data.truth(data.test_actions[:7, GIVEN - 1:])
-    assert torch.equal(truth, data.test[:7, GIVEN:])
+    clips = Clips(frames, actions, world=world, poses=poses)
+    truth = clips.truth(clips.actions[:7, GIVEN - 1:])
+    assert torch.equal(truth, clips[:7][:, GIVEN:])
+
+
+def test_unseen_mazes_are_not_those_of_training():
+    args = argparse.Namespace(seed=3, demo_clips=10)
+    parts = {part: demo_clips_of(args, part) for part in train_video.PARTS}
+    walls = [clips.world.wall.tobytes() for clips in parts.values()]
+    assert walls[0] == walls[1] == walls[2] != walls[3]
+    for n, one in enumerate(list(parts)):              # nobody walks the same walk twice
+        for other in list(parts)[:n]:
+            same = (parts[one][:10] == parts[other][:10]).flatten(2).all(2)
+            assert not same.all(1).any(), f"{one} and {other} share a clip"
 
 
 # -- own data -----------------------------------------------------------------------------------
@@ -298,13 +319,42 @@ def save(path, frames, actions):
 
 
 @pytest.mark.parametrize("last", [0, 1])
-def test_clips_are_read_and_every_tenth_is_held_out(tmp_path, last):
+def test_clips_are_read_and_cut_into_training_validation_and_test(tmp_path, last):
     frames, actions = clips(20)
     data = load_clips(save(tmp_path / "a.npz", frames, actions[:, :17 - last].astype(np.uint8)))
-    assert data.train.shape == (18, 17, 3, 16, 16) and data.train.dtype == torch.uint8
-    assert torch.equal(data.test, torch.from_numpy(frames[[9, 19]]).permute(0, 1, 4, 2, 3))
-    assert torch.equal(data.test_actions, torch.from_numpy(actions[[9, 19], :16]))
-    assert len(data.train_actions) == 18 and data.names == ["action 0", "action 1", "action 2"]
+    train, valid, test = (data.parts[p] for p in ("train", "valid", "test"))
+    assert train.shape == (16, 17, 3, 16, 16) and train[:].dtype == torch.uint8
+    assert torch.equal(test[:], torch.from_numpy(frames[[9, 19]]).permute(0, 1, 4, 2, 3))
+    assert torch.equal(valid[:], torch.from_numpy(frames[[4, 14]]).permute(0, 1, 4, 2, 3))
+    assert torch.equal(test.actions, torch.from_numpy(actions[[9, 19], :16]))
+    assert len(train.actions) == 16 and data.names == ["action 0", "action 1", "action 2"]
+    number = torch.cat([clips.which for clips in data.parts.values()])
+    assert torch.equal(number.sort()[0], torch.arange(20)), "a clip is missing, or in two parts"
+
+
+def test_a_folder_of_arrays_stays_on_the_disk(tmp_path):
+    frames, actions = clips(20)
+    for name, array in (("frames", frames), ("actions", actions)):
+        np.save(tmp_path / f"{name}.npy", array)
+    mapped, _ = train_video.read_arrays(tmp_path)
+    assert isinstance(mapped, np.memmap)
+    train, same = (load_clips(path).parts["train"] for path in (
+        tmp_path, save(tmp_path / "same.npz", frames, actions)))
+    assert np.shares_memory(Clips(mapped, actions).all.numpy(), mapped), "the frames were copied"
+    assert torch.equal(train[:], same[:]) and torch.equal(train.actions, same.actions)
+
+
+def test_stretches_are_all_of_them_with_the_action_that_leads_to_their_end():
+    clip = torch.arange(3 * 5).view(3, 5)              # frame t of clip n is the number 5 n + t
+    actions = 100 + torch.arange(3 * 4).view(3, 4)     # from t to t + 1 of clip n: 100 + 4 n + t
+    data = Stretches(clip, actions, 2)
+    pairs, action = data[torch.arange(len(data))]
+    assert len(data) == 12 and torch.equal(pairs[:, 0] + 1, pairs[:, 1])
+    assert torch.equal(action, 100 + pairs[:, 0] // 5 * 4 + pairs[:, 0] % 5)
+    data = Stretches(clip, actions, 3, fill=-7)
+    windows, action = data[torch.tensor([0, 1, 7, 14])]
+    assert windows.tolist() == [[-7, -7, 0], [-7, 0, 1], [5, 6, 7], [12, 13, 14]]
+    assert len(data) == 15 and action.tolist() == [-1, 100, 105, 111]
 
 
 FRAMES, TAKEN = clips()
@@ -324,36 +374,78 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_bad_clips_get_one_clear_line(tmp_path, capsys, case):
-    frames, actions, named = BAD[case]
-    path = save(tmp_path / "bad.npz", frames, actions)
-    with pytest.raises(SystemExit) as end:
-        load_clips(path)
-    lines = capsys.readouterr().err.splitlines()
-    assert end.value.code == 2 and len(lines) == 1
-    assert "bad.npz" in lines[0] and named in lines[0]
-
-
-@pytest.mark.parametrize("content, named", [
-    (None, "no such file"), (b"", "not a readable"), (b"PK\3\4 and no more", "not a readable"),
-    ("npy", "not a readable"), ("other names", "`frames` and `actions`"),
-    ("pickle", "not a readable")])
-def test_bad_files_get_one_clear_line(tmp_path, capsys, content, named):
-    path = tmp_path / "bad.npz"
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    elif content == "npy":
-        with open(path, "wb") as f:
-            np.save(f, FRAMES)
-    elif content == "other names":
-        np.savez(path, images=FRAMES)
-    elif content == "pickle":
-        np.savez(path, frames=np.array([{}]), actions=TAKEN)
-    with pytest.raises(SystemExit) as end:
+def refused(path):
+    """The one line of the ValueError with which load_clips refuses a file."""
+    with pytest.raises(ValueError) as error:
         load_clips(str(path))
-    lines = capsys.readouterr().err.splitlines()
-    assert end.value.code == 2 and len(lines) == 1 and named in lines[0]
+    assert len(str(error.value).splitlines()) == 1
+    return str(error.value)
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_clips_get_one_clear_line(tmp_path, case):
+    frames, actions, named = BAD[case]
+    line = refused(save(tmp_path / "bad.npz", frames, actions))
+    assert "bad.npz" in line and named in line
+
+
+def header(shape):
+    """The first bytes of an .npy of bytes: what follows is missing."""
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False,
+                                                "shape": shape})
+    return file.getvalue()
+
+
+def zipped(**members):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as z:
+        for name, content in members.items():
+            z.writestr(name.replace("_", "."), content)
+    return file.getvalue()
+
+
+def pickled():
+    file = io.BytesIO()
+    np.savez(file, frames=np.array([{}]), actions=TAKEN)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("content, named", {
+    "no file": (None, "No such file"),
+    "an empty one": (b"", "not readable"),
+    "the beginning of an npz": (b"PK\3\4 and no more", "not readable"),
+    "an npy": (header((2,)) + b"ab", "`frames` and `actions`"),
+    "photographs": (zipped(a_jpg=b"\xff\xd8", b_jpg=b"\xff\xd8"), "`frames` and `actions`"),
+    "text with these names": (zipped(frames_npy=b"hello", actions_npy=b""), "not readable"),
+    "pickles": (pickled(), "not readable"),
+    "more than memory holds": (zipped(frames_npy=header((2 ** 20, 2 ** 20, 2 ** 20)),
+                                      actions_npy=header((1,))), "not readable"),
+    "a size below zero": (zipped(frames_npy=header((-1, 16)), actions_npy=header((1,))), "bad.npz"),
+}.values())
+def test_bad_files_get_one_clear_line(tmp_path, content, named):
+    if content is not None:
+        (tmp_path / "bad.npz").write_bytes(content)
+    assert named in refused(tmp_path / "bad.npz")
+
+
+@pytest.mark.parametrize("write", [np.savez, np.savez_compressed])
+def test_a_corrupt_file_is_refused_in_one_line_or_read(tmp_path, write):
+    """Whatever is wrong with it: bytes changed here and there, or its end missing."""
+    write(tmp_path / "good.npz", frames=FRAMES[:10] // 64 * 64, actions=TAKEN[:10])
+    good, rng, read = (tmp_path / "good.npz").read_bytes(), np.random.default_rng(0), 0
+    for n in range(150):
+        bad = bytearray(good)
+        at = rng.integers(3) * (len(bad) - 700) // 2   # headers are at the beginning and the end
+        for _ in range(rng.integers(1, 8)):
+            bad[at + rng.integers(700)] = rng.integers(256)
+        (tmp_path / "bad.npz").write_bytes(bad[:rng.integers(len(bad))] if n % 5 == 0 else bad)
+        try:
+            load_clips(str(tmp_path / "bad.npz"))
+            read += 1
+        except ValueError as e:
+            assert len(str(e).splitlines()) == 1 and "bad.npz" in str(e)
+    assert read < 150, "no corruption was noticed"
 
 
 # -- measurements -------------------------------------------------------------------------------
@@ -375,7 +467,7 @@ def test_compare_tells_good_imagination_from_copies_and_blur():
     still = truth.clone()
     still[:3] = last[:3]                               # three clips in which nothing happens
     perfect = compare(still, still, still, last)
-    assert perfect["moving_clips"] == 0.75
+    assert perfect["moving_clips"] == 9 and perfect["clips"] == 12
     assert min(perfect["psnr_generated"]) > 60 > max(perfect["psnr_copy_last"])
     assert perfect["sharpness"] == [1.0] * GENERATED
     blurred = F.avg_pool2d(truth.flatten(0, 1).float(), 3, 1, 1).byte().view_as(truth)
@@ -391,90 +483,319 @@ def test_long_clips_are_cut_into_roll_outs():
 
 def test_action_accuracy_counts_roll_outs_nearest_to_their_own_action():
     truths = list(torch.randint(256, (3, 4, 2, 3, 8, 8), dtype=torch.uint8))
-    assert action_accuracy(truths, truths) == 1
-    assert action_accuracy(truths[1:] + truths[:1], truths) == 0
+
+    def accuracy(imagined):
+        return action_accuracy([RollOut("", None, None, *pair) for pair in zip(imagined, truths)])
+
+    assert accuracy(truths) == 1
+    assert accuracy(truths[1:] + truths[:1]) == 0
     mixed = [truths[0], truths[1].clone(), truths[2]]
     mixed[1][0] = truths[0][0]                         # one of twelve does something else
-    assert action_accuracy(mixed, truths) == pytest.approx(11 / 12)
+    assert accuracy(mixed) == pytest.approx(11 / 12)
 
 
 def test_training_asks_what_a_roll_out_asks():
-    """Over the steps, all frames of a clip are predicted, each as in the whole clip's forward
-    pass."""
+    """Every frame of a clip is predicted in training, each as in the whole clip's forward pass."""
     torch.manual_seed(0)
-    prior = VideoPrior(5, 0, 8, num_layers=1, context=GIVEN).double()
-    codes = torch.randint(5, (3, 9, 4, 4))
-    each = F.cross_entropy(prior(codes), codes, reduction="none").mean((0, 2, 3))      # (T,)
-    losses = {round(train_video.prior_loss(prior, codes, None)[0].item(), 9) for _ in range(80)}
-    assert losses == {round(x, 9) for x in each.tolist()}
+    prior = VideoPrior(5, 2, 8, num_layers=1, context=GIVEN).double()
+    codes, actions = torch.randint(5, (3, 9, 4, 4), dtype=torch.uint8), torch.randint(2, (3, 8))
+    whole = F.cross_entropy(prior(codes.long(), actions), codes.long(), reduction="none")
+    data = Stretches(codes, actions, GIVEN + 1, fill=5)
+    for k in range(len(data)):
+        loss, stats = train_video.prior_loss(prior, *data[torch.tensor([k])])
+        assert loss.item() == pytest.approx(whole.flatten(0, 1)[k].mean().item(), abs=1e-9), k
+        assert stats["bits_per_code"].item() == pytest.approx(loss.item() / np.log(2))
+    alone = train_video.prior_loss(prior, data[torch.arange(9)][0], None)[0].item()
+    unknown = F.cross_entropy(prior(codes[:1].long()), codes[:1].long()).item()
+    assert alone == pytest.approx(unknown, abs=1e-9)
 
 
-def test_bits_per_code_of_a_uniform_prior():
+def test_bits_of_a_uniform_prior():
     prior = VideoPrior(32, 2, 8, 1)
     for p in prior.pixelcnn.head.parameters():
         torch.nn.init.zeros_(p)
-    codes, actions = torch.randint(32, (11, 8, 4, 4)), torch.randint(2, (11, 7))
-    assert bits_per_code(prior, codes, actions) == pytest.approx(5, abs=1e-5)
+    codes = torch.randint(32, (11, 8, 4, 4), dtype=torch.uint8)
+    actions = torch.randint(2, (11, 7))
+    bits = bits_per_frame(prior, codes, actions)
+    assert bits.shape == (11, 8 - GIVEN)
+    assert torch.allclose(bits, torch.tensor(5.0 * 16)), "5 bits for each of 16 codes"
+    assert train_video.measure_prior(prior, codes, actions) == pytest.approx(
+        {f"bits_per_code{k}": 5.0 for k in ("", "_shuffled_actions", "_without_actions")})
+
+
+def test_without_actions_a_frame_has_the_mean_probability_over_actions():
+    prior = VideoPrior(6, 3, 8, 1).double()
+    for p in prior.parameters():                       # far from uniform: the actions must matter
+        p.data *= 2
+    codes, actions = torch.randint(6, (2, 8, 3, 3)), torch.randint(3, (2, 7))
+    p = [2 ** -bits_per_frame(prior, codes, torch.full_like(actions, a)) for a in range(3)]
+    without = bits_without_actions(prior, codes)
+    assert torch.allclose(2 ** -without, sum(p) / 3)
+    assert (without <= bits_per_frame(prior, codes, actions) + np.log2(3) + 1e-9).all()
+
+
+def test_the_judge_learns_what_a_turn_and_a_step_look_like(world):
+    frames, actions, _ = demo_clips(world, 60, 8, 24, 0)
+    pairs = Stretches(Clips(frames, actions), torch.from_numpy(actions[:, :-1]), 2)
+    judge, index = Judge(3, width=16), torch.randperm(len(pairs))
+    optimizer = torch.optim.Adam(judge.parameters(), lr=1e-3)
+    for _ in range(120):
+        loss, stats = judge_loss(judge, *pairs[index[:360][torch.randint(360, (32,))]])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    pair, action = pairs[index[360:]]
+    assert judge_accuracy(judge, pair, action[:, None])[0] > 0.8
+    assert judge_accuracy(judge, pair.flip(1), action[:, None])[0] < 0.5, "backwards, left is right"
+
+
+def test_the_judge_is_asked_about_each_step_and_its_own_action():
+    film = torch.randint(256, (5, 4, 3, 16, 16), dtype=torch.uint8)
+    actions = torch.randint(9, (5, 3))
+    key = {to_unit(film[n, t:t + 2]).sum().item(): actions[n, t].clone()
+           for n in range(5) for t in range(3)}
+
+    class Oracle(torch.nn.Linear):
+        def forward(self, pairs):
+            return F.one_hot(torch.stack([key[pair.sum().item()] for pair in pairs]), 9)
+
+    assert judge_accuracy(Oracle(1, 1), film, actions) == [1, 1, 1]
+    actions[:2, 1] += 1                                # two of five do something else in step 1
+    assert judge_accuracy(Oracle(1, 1), film, actions) == pytest.approx([1, 0.6, 1])
 
 
 # -- the whole run ------------------------------------------------------------------------------
 
-TINY = ("--warmup-steps 2 --steps 3 --prior-steps 2 --hidden 8 --res-hidden 8 --prior-channels 8 "
-        "--prior-layers 1 --num-codes 16 --code-dim 8 --batch-size 8 --prior-batch-size 2 "
-        "--device cpu").split()
+TINY = ("--warmup-steps 2 --steps 3 --prior-steps 2 --judge-steps 2 --hidden 8 --res-hidden 8 "
+        "--prior-channels 8 --prior-layers 1 --num-codes 16 --code-dim 8 --batch-size 8 "
+        "--prior-batch-size 2 --device cpu").split()
 
 
-def script(*flags):
-    return subprocess.run([sys.executable, str(ROOT / "train_video.py"), *map(str, flags)],
-                          capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+@pytest.fixture
+def script(monkeypatch, capsys):
+    """python train_video.py FLAGS, in this process -> exit status, standard output and error."""
+    def run(*flags):
+        monkeypatch.setattr(sys, "argv", ["train_video.py", *map(str, flags)])
+        threads, status, runs = torch.get_num_threads(), 0, []
+
+        def main(run, data):
+            runs.append(run)
+            train_video.main(run, data)
+
+        try:
+            launch(train_video.make_parser(), train_video.load_data, main, train_video.use)
+        except SystemExit as e:
+            status = e.code
+        for one in runs:                               # what the end of a process does
+            if getattr(one, "lock", None):
+                os.close(one.lock)
+        torch.set_num_threads(threads)
+        return status, *capsys.readouterr()
+    return run
 
 
 def read(folder):
     metrics = json.loads((folder / "metrics.json").read_text())
     with Image.open(folder / "rollout.gif") as gif:
-        assert gif.n_frames == GIVEN + GENERATED
+        films = gif.n_frames / (GIVEN + GENERATED)
+        assert films == int(films) > 0
     for name in ("rollout", "rollout_long", "reconstructions", "curves"):
         with Image.open(folder / f"{name}.png") as image:
             assert image.width > 100 and sum(n > 0 for n in image.convert("L").histogram()) > 10
     with open(folder / "log.csv") as f:
-        assert [row["stage"] for row in csv.DictReader(f)][-1] == "prior"
+        log = list(csv.DictReader(f))
+    assert "prior" in [row["stage"] for row in log] and log[-1]["valid_loss"]
     for name in ("psnr_generated", "psnr_copy_last", "psnr_reconstruction", "sharpness"):
         assert len(metrics[name]) == GENERATED
     assert metrics["frames_per_second_cached"] > 0 and metrics["frames_per_second_naive"] > 0
-    assert 0 < metrics["bits_per_code"] < 20
+    assert 0 < metrics["bits_per_code"] < 20 and 0 < metrics["valid_bits_per_code"] < 20
+    assert 0 < metrics["moving_clips"] <= metrics["clips"]
     return metrics
 
 
-def test_demo_from_nothing_to_roll_outs(tmp_path):
-    result = script(*TINY, "--demo-clips", 10, "--out", tmp_path)
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """A whole run of the demo, through the command line."""
+    out = tmp_path_factory.mktemp("demo")
+    result = subprocess.run([sys.executable, str(ROOT / "train_video.py"), *TINY, "--demo-clips",
+                             "10", "--out", str(out)], capture_output=True, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stderr
-    metrics = read(tmp_path)
-    assert 0 <= metrics["action_accuracy"] <= 1
+    return out
+
+
+def test_demo_from_nothing_to_roll_outs(demo):
+    metrics = read(demo)
+    assert 0 <= metrics["action_accuracy"] <= 1 and metrics["action_accuracy_chance"] == 1 / 3
     assert {"bits_per_code_shuffled_actions", "bits_per_code_without_actions"} <= set(metrics)
+    assert {"unseen_action_accuracy", "unseen_psnr_generated", "unseen_bits_per_code",
+            "unseen_judge_imagined"} <= set(metrics), "the second row: mazes never seen"
+    assert all(len(metrics[f"judge_{k}"]) == GENERATED for k in ("real", "imagined"))
 
 
-def test_own_clips_and_the_same_numbers_after_resume(tmp_path):
+def test_own_clips_and_the_same_numbers_after_resume(script, tmp_path):
     data = save(tmp_path / "clips.npz", *clips(20))
-    result = script(*TINY, "--data", data, "--out", tmp_path / "one")
-    assert result.returncode == 0, result.stderr
+    status, _, error = script(*TINY, "--data", data, "--out", tmp_path / "one")
+    assert status == 0, error
     first = read(tmp_path / "one")
     assert "action_accuracy" not in first, "nobody knows what would have happened"
-    result = script("--resume", "--out", tmp_path / "one")
-    assert result.returncode == 0, result.stderr
+    assert not [name for name in first if name.startswith("unseen")]
+    status, _, error = script("--resume", "--out", tmp_path / "one")
+    assert status == 0, error
     again = read(tmp_path / "one")
-    for name in ("bits_per_code", "psnr_generated", "sharpness_long"):
+    for name in ("bits_per_code", "psnr_generated", "sharpness_long", "judge_imagined"):
         assert again[name] == first[name], f"{name} is another after --resume"
 
 
-def test_no_actions(tmp_path):
-    data = save(tmp_path / "clips.npz", *clips(20))
-    result = script(*TINY, "--data", data, "--out", tmp_path / "out", "--no-actions")
-    assert result.returncode == 0, result.stderr
-    assert "bits_per_code_shuffled_actions" not in read(tmp_path / "out")
+def test_no_actions_one_code_and_black_first_frames_are_no_obstacle(script, tmp_path):
+    frames, actions = clips(20)
+    frames[:, 0] = 0
+    data = save(tmp_path / "clips.npz", frames, actions)
+    status, _, error = script(*TINY, "--data", data, "--out", tmp_path / "out", "--no-actions",
+                              "--num-codes", 1)
+    assert status == 0, error
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert "bits_per_code_shuffled_actions" not in metrics and "judge_imagined" not in metrics
+    assert metrics["compression"] is None and metrics["bits_per_code"] == pytest.approx(0, abs=1e-6)
 
 
-def test_bad_clips_end_the_script_with_status_2(tmp_path):
-    data = save(tmp_path / "clips.npz", FRAMES, TAKEN[:, :10])
-    result = script(*TINY, "--data", data, "--out", tmp_path / "out")
-    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
+def test_what_cannot_work_is_one_line_and_leaves_nothing(script, demo, tmp_path):
+    good, bad = save(tmp_path / "good.npz", FRAMES, TAKEN), tmp_path / "bad.npz"
+    save(bad, FRAMES, TAKEN[:, :10])
+    save(tmp_path / "grey.npz", 0 * FRAMES + 7, TAKEN)
+    before = {file: file.read_bytes() for file in demo.rglob("*") if file.is_file()}
+    for flags, named in (
+            (["--data", bad], "(12, 10)"),
+            (["--data", tmp_path / "grey.npz"], "same value"),
+            (["--data", good, "--prior-batch-size", 10 ** 6], "--prior-batch-size"),
+            (["--data", good, "--batch-size", 10 ** 6], "--batch-size"),
+            (["--data", good, "--prior-channels", 1], "--prior-channels"),
+            (["--data", good, "--prior-channels", 10 ** 9], "memory"),
+            (["--data", tmp_path / "no\nsuch.npz"], "No such file"),
+            (["--resume", "--out", demo, "--data", good], "the data is not that of this run"),
+            (["--resume", "--out", demo, "--prior-channels", 16], "--prior-channels 16"),
+            (["--play", "left", "--out", tmp_path / "out"], "there is no"),
+            (["--play", "left,hop", "--out", demo], "forward, left, right"),
+            (["--play", "--out", demo], "no display"),
+            (["--play", "left", "--out", demo, "--temperature", -1], "--temperature")):
+        flags = flags if "--out" in flags else [*TINY, "--out", tmp_path / "out", *flags]
+        status, _, error = script(*flags)
+        assert status == 2 and len(error.splitlines()) == 1 and named in error, (flags, error)
+        assert not (tmp_path / "out").exists(), flags
+    assert before == {file: file.read_bytes() for file in demo.rglob("*") if file.is_file()}
+
+
+# -- using a finished run -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model(demo):
+    return load(demo, "cpu")
+
+
+@pytest.fixture(scope="module")
+def test_part(model):
+    return train_video.test_clips(model.args)
+
+
+def test_load_gives_the_model_that_was_measured(demo, model, test_part):
+    metrics = json.loads((demo / "metrics.json").read_text())
+    found = train_video.measure_vqvae(model.vqvae, test_part, encode_all(model.vqvae, test_part))
+    assert {k: metrics[k] for k in found} == pytest.approx(found)
+    codes = encode_all(model.vqvae, test_part)
+    bits = train_video.measure_prior(model.prior, codes, test_part.actions)
+    assert metrics["bits_per_code"] == pytest.approx(bits["bits_per_code"], rel=1e-4)
+    assert not any(net.training for net in model[:2])
+    assert not any(p.requires_grad for net in model[:2] for p in net.parameters())
+
+
+def test_imagine_goes_from_frames_to_frames(model, test_part):
+    actions = torch.tensor([[1, 1, 0], [2, 0, 0]])
+    given = test_part[:2][:, :GIVEN]
+    frames, codes = model.imagine(given, actions, seed=4), encode_all(model.vqvae, given)
+    assert frames.shape == (2, 3, 3, 24, 48) and frames.dtype == torch.uint8
+    assert torch.equal(frames, roll_out(model, codes, actions, seed=4))
+    assert torch.equal(frames[:, :2], model.imagine(given, actions[:, :2], seed=4))
+
+
+@pytest.mark.parametrize("spoil, said", [
+    (lambda file: file.unlink(), "there is no"), (lambda file: file.write_bytes(b"PK"), "corrupt"),
+    (lambda file: torch.save({**torch.load(file), "step": 1}, file), "step 1 of 2"),
+    (lambda file: torch.save({**torch.load(file), "best": None, "model": {}}, file),
+     "not readable")])
+def test_load_refuses_what_is_no_finished_run(demo, tmp_path, spoil, said):
+    shutil.copytree(demo, tmp_path / "run")
+    spoil(tmp_path / "run" / "checkpoint-prior.pt")
+    with pytest.raises(ValueError, match=said) as error:
+        load(tmp_path / "run")
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_actions_have_names_numbers_and_arrow_keys():
+    names = ["forward", "left", "right"]
+    found = [find_action(w, names) for w in ("forward", "left", "2", "up", "right")]
+    assert found == [0, 1, 2, 0, 2]
+    assert [find_action(w, names) for w in ("3", "down", "", "-1", None)] == [None] * 5
+    assert find_action("down", [f"action {k}" for k in range(4)]) == 3
+
+
+def press(window, *keys):
+    for key in keys:
+        window.figure.canvas.callbacks.process(
+            "key_press_event", KeyEvent("key_press_event", window.figure.canvas, key))
+
+
+@pytest.fixture
+def window(model, test_part, tmp_path):
+    figure = Figure()
+    FigureCanvasAgg(figure)
+    return Window(Walk(model, test_part, temperature=0.8), figure, tmp_path)
+
+
+def shown(window):
+    return [image.get_array() for image in window.images]
+
+
+def test_arrow_keys_imagine_one_frame_each(window, model, test_part):
+    press(window, "left", "left", "up", "right")
+    walked = torch.stack([picture for picture, _, _ in window.walk.film[GIVEN:]])
+    actions = torch.tensor([[LEFT, LEFT, FORWARD, RIGHT]])
+    expected = model.imagine(test_part[:1][:, :GIVEN], actions, temperature=0.8)
+    assert torch.equal(walked, expected[0]), "not what a roll-out of the same actions gives"
+    assert np.array_equal(shown(window)[0], expected[0, -1].permute(1, 2, 0)), "shows another frame"
+    truth = test_part.truth(actions)[0]
+    assert torch.equal(torch.stack([t for _, t, _ in window.walk.film[GIVEN:]]), truth)
+    assert np.array_equal(shown(window)[2], truth[-1].permute(1, 2, 0))
+
+
+def test_codes_are_shown_as_colours_a_colour_for_each(window):
+    press(window, "left")
+    codes, sheet = window.walk.codes[0, -1], np.asarray(shown(window)[1])
+    assert sheet.shape == (6, 12, 3) and 0 <= sheet.min() <= sheet.max() <= 1
+    for code in codes.unique():
+        assert len(np.unique(sheet[codes == code], axis=0)) == 1, "two colours for one code"
+    assert len(np.unique(window.colors, axis=0)) == len(window.colors), "one colour for two codes"
+
+
+def test_other_keys_restart_save_and_change_the_temperature(window, test_part, tmp_path):
+    press(window, "+", "-", "-", "x", "f5")
+    assert window.walk.temperature == pytest.approx(0.7) and len(window.walk.film) == GIVEN
+    press(window, *"-" * 20)
+    assert window.walk.temperature == 0, "below zero likely codes become unlikely"
+    press(window, "left", "g")
+    with Image.open(tmp_path / "play.gif") as gif:
+        assert gif.n_frames == GIVEN + 1
+    assert "play.gif" in window.status.get_text()
+    press(window, "n")
+    assert len(window.walk.film) == GIVEN and window.walk.n == 1
+    assert np.array_equal(shown(window)[0], test_part[1, GIVEN - 1].permute(1, 2, 0))
+    press(window, *"n" * (len(test_part) - 1))
+    assert window.walk.n == 0, "after the last clip comes the first"
+
+
+def test_play_writes_the_walk_as_a_gif(script, demo):
+    status, out, error = script("--play", "left, 1,up,forward", "--out", demo)
+    assert status == 0 and "play.gif" in out, error
+    with Image.open(demo / "play.gif") as gif:
+        assert gif.n_frames == GIVEN + 4
+    (demo / "play.gif").unlink()
