@@ -805,7 +805,7 @@ for name, where in (("pipe", pipe[1]), ("full", os.open("/dev/full", os.O_WRONLY
         sys.stdout = sys.stdout if where else None
         sys.argv = ["train.py", "--device", "cpu", "--out", f"{OUT}/{name}"]
         run = Run(Parser("test", PRESETS))
-        train(run, network(), steps=400)
+        train(run, network(), steps=20)
         run.finish({})
         sys.exit(0)
     assert os.waitpid(child, 0)[1] == 0, name
@@ -860,7 +860,17 @@ def joint_batch(file):
             "first": {k: v for k, v in vq.state_dict().items() if torch.is_tensor(v)},
             "gradients": {k: p.grad for k, p in model.named_parameters()},
             "fitted": {k: v for k, v in model.state_dict().items() if torch.is_tensor(v)}}
+    def interrupted(net, x):                           # Ctrl-C reaches the last process only
+        if run.rank == run.world - 1 and net.training:
+            signal.raise_signal(signal.SIGINT)
+        return net(x).sum(), {"rank": torch.tensor(float(run.rank))}
+
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)             # a second one stops at once
+    with pytest.raises(SystemExit):
+        run.fit("stopped", nn.Linear(3, 1), interrupted, TensorDataset(X), 40, 4, 0.01)
+    signal.signal(signal.SIGINT, handler)
     if run.rank == 0:
+        result["stopped"] = {k: checkpoint(run, "stopped")[k] for k in ("step", "rows")}
         torch.save(result, file)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -880,6 +890,16 @@ def processes(tmp_path_factory):
                   *flags, folder / "out2", folder / "2.pt", timeout=300)
     assert done.returncode == 0, done.stderr
     return [torch.load(folder / f"{n}.pt", weights_only=True) for n in (1, 2)]
+
+
+def test_processes_agree_on_the_step_at_which_ctrl_c_stops_them(processes):
+    assert [r["stopped"]["step"] for r in processes] == [1, 10], (
+        "one process alone stops at once; several tell each other first, every ten steps, or the "
+        "others would wait for one that has left, and no checkpoint would be written")
+
+
+def test_the_log_is_over_all_processes(processes):
+    assert processes[1]["stopped"]["rows"][0]["rank"] == 0.5, "the mean of ranks 0 and 1"
 
 
 def worst(one, two):
