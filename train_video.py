@@ -730,7 +730,7 @@ def load_data(run):
     else:
         data = load_clips(args.data)
     n, T = data.parts["train"].shape[:2]
-    check_batch(n * T, args.batch_size, "stage vqvae")
+    check_batch(n * T, args.batch_size, "stage vqvae", "--batch-size")
     check_batch(n * T, args.prior_batch_size, "stage prior", "--prior-batch-size")
     return data
 
