@@ -10,9 +10,8 @@
 
 Stage one trains a VQ-VAE on single frames. Then it is frozen, every frame is encoded once, and
 a VideoPrior learns p(z_1, .., z_T | actions). A roll-out gets 6 frames and generates 10 "purely
-in the latent space"; the decoder makes pictures of them when all are there. --out (runs/video)
-receives rollout.gif, rollout.png (the paper's fig. 7, with the ground truth below),
-rollout_long.png, reconstructions.png, curves.png, metrics.json, log.csv and the checkpoints.
+in the latent space"; the decoder makes pictures of them at the end. --out (runs/video) receives
+rollout.png (the paper's fig. 7), rollout.gif, rollout_long.png, metrics.json and checkpoints.
 
 --data: an .npz with `frames` (N, T, H, W, 3) uint8 and `actions` (N, T) or (N, T-1) integers
 from 0; or a folder with frames.npy and actions.npy, which stay on the disk (a memory map).
@@ -21,11 +20,9 @@ actions[n, t] leads from frames[n, t] to frames[n, t + 1].
 
 import itertools
 import math
-import os
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -42,14 +39,13 @@ FACTOR = 4                        # pixels per code, each way
 
 PRESETS = {
     # 24 x 48 x 3 -> 6 x 12 codes, for a laptop.
-    "demo": dict(steps=1100, prior_steps=4600, judge_steps=500, batch_size=32, prior_batch_size=48,
-                 lr=1e-3, prior_lr=3e-3, lr_decay=0.5, codebook="ema", num_codes=128, code_dim=32,
-                 hidden=48, res_hidden=32, prior_channels=32, prior_layers=2),
-    # DeepMind Lab, 84 x 84 x 3 -> 21 x 21, K = 512. The paper gives no more: Adam's rate and the
-    # number of steps are those of its CIFAR-10 experiment.
-    "paper": dict(steps=250_000, prior_steps=250_000, judge_steps=5000, batch_size=128,
-                  prior_batch_size=128, lr=2e-4, prior_lr=2e-4, num_codes=512, code_dim=64,
-                  hidden=128, res_hidden=32, prior_channels=128, prior_layers=10),
+    "demo": dict(steps=1100, prior_steps=4600, batch_size=32, prior_batch_size=48, lr=1e-3,
+                 prior_lr=3e-3, lr_decay=0.5, codebook="ema", num_codes=128, code_dim=32, hidden=48,
+                 res_hidden=32, prior_channels=32, prior_layers=2),
+    # DeepMind Lab, 84 x 84 x 3 -> 21 x 21, K = 512; rate and steps are those of CIFAR-10.
+    "paper": dict(steps=250_000, prior_steps=250_000, batch_size=128, prior_batch_size=128, lr=2e-4,
+                  prior_lr=2e-4, num_codes=512, code_dim=64, hidden=128, res_hidden=32,
+                  prior_channels=128, prior_layers=10),
 }
 
 
@@ -70,8 +66,8 @@ def main(run, data):
         train, args.prior_steps, args.prior_batch_size, args.prior_lr, valid)
 
     train, valid = data.stretches(2)                   # of measurements, no part of the model
-    judge = run.fit("judge", make_judge(len(data.facts["actions"])), judge_loss, train,
-                    args.judge_steps, args.batch_size, args.lr, valid)
+    judge = run.fit("judge", make_judge(len(model.names)), judge_loss, train,
+                    min(args.steps, 5000), args.batch_size, args.lr, valid)
     if run.rank == 0:
         metrics, rows = measure(run, model, judge, data, codes)        # roll-outs
         draw(run, model, data.parts["test"], rows)     # fig. 7
@@ -80,14 +76,8 @@ def main(run, data):
 
 # -- The two stages -----------------------------------------------------------------------------
 
-
-class Model(NamedTuple):
-    """What a run trains, and what `load` gives back."""
-
-    vqvae: VQVAE
-    prior: VideoPrior
-    names: list          # of the actions
-    args: object         # the run's flags
+class Model(namedtuple("Model", "vqvae prior names args")):
+    """What a run trains, and what `load` gives back; names: of the actions, args: the flags."""
 
     @property
     def device(self):
@@ -106,21 +96,20 @@ class Model(NamedTuple):
         return torch.cat([self.vqvae.decode(z.long()).cpu() for z in batches(
             codes.flatten(0, 1), size, self.device)]).unflatten(0, codes.shape[:2])
 
-    def imagine(self, frames, actions, temperature=None, seed=0, size=50):
+    def imagine(self, frames, actions, temperature=None, seed=0):
         """Frames (N, T, 3, H, W) uint8, T >= 1, and what follows if actions (N, n) int64 are taken
         next: (N, T + n, 3, H, W). All codes come first, "purely in the latent space"; pictures
         are made of them after that. A model without actions asks `actions` for n alone."""
         generator = torch.Generator(self.device).manual_seed(seed)
-        codes = [self.continued(z, a, temperature or self.args.temperature, generator)
-                 for z, a in zip(self.encode(frames).split(size), actions.split(size))]
-        return torch.cat([frames, self.decode(torch.cat(codes))], 1)
+        codes = self.continued(self.encode(frames), actions, temperature, generator)
+        return torch.cat([frames, self.decode(codes)], 1)
 
     def continued(self, codes, actions, temperature, generator):
         """Codes (B, T, h, w), actions (B, n) -> the next n code maps (B, n, h, w)."""
         plan = F.pad(actions, (codes.shape[1] - 1, 0), value=-1)       # -1: not looked at
-        return self.prior.sample(codes.to(self.device).long(), plan.to(self.device) if
-                                 self.prior.num_actions else None, actions.shape[1], temperature,
-                                 generator)
+        return self.prior.sample(
+            codes.to(self.device).long(), plan.to(self.device) if self.prior.num_actions else None,
+            actions.shape[1], temperature or self.args.temperature or 1.0, generator)
 
 
 def make_model(args, facts):
@@ -147,16 +136,15 @@ def prior_loss(net, z, action):
     return loss, {"bits_per_code": loss.detach() / math.log(2)}
 
 
-def make_judge(num_actions, width=32):
+def make_judge(num_actions):
     """Inverse dynamics: which action leads from a frame to the next? (B, 2, 3, H, W) in
     [-0.5, 0.5] -> logits (B, actions). Trained on real frames, it is asked about imagined ones:
     after some steps two different futures may both be right, but a left turn must look like one."""
     layers = [nn.Flatten(1, 2)]
-    for i, o in ((6, width), (width, 2 * width), (2 * width, 2 * width)):
+    for i, o in ((6, 32), (32, 64), (64, 64)):
         layers += [nn.Conv2d(i, o, 5, 2, 2), nn.GroupNorm(1, o), nn.ReLU()]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d((2, 4)), nn.Flatten(),
-                         nn.Linear(16 * width, 4 * width), nn.ReLU(),
-                         nn.Linear(4 * width, num_actions))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d((2, 4)), nn.Flatten(), nn.Linear(512, 128),
+                         nn.ReLU(), nn.Linear(128, num_actions))
 
 
 def judge_loss(net, pair, action):
@@ -175,11 +163,10 @@ RollOut = namedtuple("RollOut", "name actions imagined truth")
 def measure(run, model, judge, data, codes):
     """Settings are chosen by what is measured on "valid", nothing by "test" and "unseen" mazes."""
     metrics, rows = {}, {}
-    for part in [part for part in codes if part != "train"]:
+    for part, clips in list(data.parts.items())[1:]:
         run.say(f"imagining what follows {GIVEN} frames of {part} clips")
-        clips, rows[part] = data.parts[part], roll_outs(run, model, data.parts[part])
-        found = (measure_codes(model, clips, codes[part])
-                 | measure_roll_outs(model, judge, rows[part]))
+        rows[part] = roll_outs(run, model, clips)
+        found = measure_codes(model, clips, codes[part]) | measure_films(model, judge, rows[part])
         metrics |= {k if part == "test" else f"{part}_{k}": x for k, x in found.items()}
     return metrics, rows["test"]
 
@@ -198,19 +185,14 @@ def roll_outs(run, model, clips):
 
 
 def measure_codes(model, clips, codes):
-    error = sum((model.decode(z).float() - x).square().sum().item()
-                for x, z in zip(clips.frames.split(8), codes.split(8))) / clips.frames.numel()
     counts = count_codes(codes.long(), model.args.num_codes)
-    bits = codes[0, 0].numel() * math.log2(len(counts))
-    metrics = {"psnr": 10 * math.log10(255 ** 2 / max(error, 1e-2)),
-               "codes_used": int((counts > 0).sum()), "num_codes": len(counts),
-               "perplexity": perplexity(counts).item(),
-               "compression": clips.frames[0, 0].numel() * 8 / bits if bits else math.inf,
-               "bits_per_code": bits_per_code(model.prior, codes, clips.actions)}
-    if model.prior.num_actions:
-        metrics["bits_per_code_shuffled_actions"] = bits_per_code(
-            model.prior, codes, clips.actions.roll(1, 0))
-    return metrics
+    bits = codes[0, 0].numel() * math.log2(max(2, len(counts)))        # of a frame
+    bits_of = {"": clips.actions, "_shuffled_actions": clips.actions.roll(1, 0)}
+    return {"codes_used": (counts > 0).sum().item(), "num_codes": len(counts),
+            "perplexity": perplexity(counts).item(),
+            "compression": clips.frames[0, 0].numel() * 8 / bits} | {
+        f"bits_per_code{name}": bits_per_code(model.prior, codes, actions)
+        for name, actions in bits_of.items() if model.prior.num_actions or not name}
 
 
 @torch.no_grad()
@@ -224,20 +206,22 @@ def bits_per_code(prior, codes, actions, size=4):
     return nats / codes[:, GIVEN:].numel() / math.log(2)
 
 
-def measure_roll_outs(model, judge, rows):
-    """Lists by step. PSNR is over moving clips: at a wall, copying the last frame is unbeatable."""
+def measure_films(model, judge, rows):
+    """By step: PSNR in dB, over moving clips, as copying is unbeatable at a wall; sharpness: edges,
+    relative to those of decoded frames; the judge's accuracy."""
     (_, actions, imagined, truth), *constant = rows
-    moving, since = is_moving(truth), slice(GIVEN - 1, None)           # from the last given frame
-    decoded = model.decode(model.encode(truth[:, since]))
-    metrics = {f"psnr_{name}": psnr(x[moving], truth[moving, GIVEN:]) for name, x in (
-        ("generated", imagined[:, GIVEN:]), ("copy_last", truth[:, GIVEN - 1:GIVEN]),
-        ("reconstruction", decoded[:, 1:]))}
-    edges, of_real = (sum(x.float().diff(dim=d).abs().mean((0, 2, 3, 4)) for d in (-1, -2))
-                      for x in (imagined[:, GIVEN:], decoded[:, 1:]))  # blur lowers them
+    moving, decoded = is_moving(truth), model.decode(model.encode(truth))
+    later, metrics = slice(GIVEN, None), {}
+    for name, x in (("generated", imagined), ("reconstruction", decoded),
+                    ("copy_last", truth[:, GIVEN - 1:GIVEN].expand_as(truth))):
+        error = (x[moving, later].float() - truth[moving, later]).square().mean((0, 2, 3, 4))
+        metrics[f"psnr_{name}"] = (10 * torch.log10(255 ** 2 / error.clamp(min=1e-2))).tolist()
+    edges, of_real = (sum(x[:, later].float().diff(dim=d).abs().mean((0, 2, 3, 4))
+                          for d in (-1, -2)) for x in (imagined, decoded))
     metrics["sharpness"] = (edges / of_real).tolist()
-    metrics["judge_real"] = judge_accuracy(judge, truth[:, since], actions)
-    metrics["judge_imagined"] = judge_accuracy(
-        judge, torch.cat([decoded[:, :1], imagined[:, GIVEN:]], 1), actions)
+    film = torch.cat([decoded[:, :GIVEN], imagined[:, later]], 1)      # all of it decoded
+    for name, x in (("real", truth), ("imagined", film)):
+        metrics[f"judge_{name}"] = judge_accuracy(judge, x[:, GIVEN - 1:], actions)
     if constant and constant[0].truth is not None:
         metrics["action_accuracy"] = action_accuracy(constant)
     return metrics
@@ -250,19 +234,12 @@ def is_moving(truth):
     return moving | ~moving.any()
 
 
-def psnr(a, b):
-    """Clips (N, T, 3, H, W) -> 10 log10(255^2 / mean squared error) in dB, a list over T."""
-    error = (a.float() - b.float()).square().mean((0, 2, 3, 4))
-    return (10 * torch.log10(255 ** 2 / error.clamp(min=1e-2))).tolist()
-
-
 def action_accuracy(rows):
     """Roll-outs of constant actions, a row each -> the share that is nearer to the ground truth of
     its own action than to that of any other."""
-    error = torch.stack([torch.stack([
-        (row.imagined.float() - other.truth.float()).square().mean((1, 2, 3, 4))
-        for other in rows]) for row in rows])          # (actions, compared with, N)
-    own = torch.eye(len(rows), dtype=torch.bool)
+    error = torch.stack([(row.imagined.float() - other.truth.float()).square().mean((1, 2, 3, 4))
+                         for row in rows for other in rows]).unflatten(0, (len(rows), -1))
+    own = torch.eye(len(rows), dtype=torch.bool)       # error: (actions, compared with, N)
     return (error[own] < error.masked_fill(own[..., None], math.inf).amin(1)).float().mean().item()
 
 
@@ -277,42 +254,36 @@ def judge_accuracy(judge, film, actions):
 
 # -- Pictures -----------------------------------------------------------------------------------
 
-
 def draw(run, model, clips, rows):
-    frames = clips.frames[:8, -1:]                     # (8, 1, 3, H, W)
-    run.picture("reconstructions", torch.cat([frames, model.decode(model.encode(frames))], 1)
-                .transpose(0, 1), "test frames, each above its reconstruction")
-    draw_films(run, "rollout", [row._replace(imagined=row.imagined[:2]) for row in rows])
-
-    # 100 frames after those given to a few clips, for the recorded actions of many.
-    first, n = rows[0], 5 if run.rehearsing else 100
-    taken = first.actions.flatten().repeat(4 * n)[:4 * n].view(4, n)[:len(first.actions)]
-    film = model.imagine(first.truth[:len(taken), :GIVEN], taken, seed=run.args.seed)
-    draw_films(run, "rollout_long", [RollOut(first.name, taken, film, clips.truth(taken))], 5)
-
+    first, x = rows[0], clips.frames[:8, -1:]          # (8, 1, 3, H, W)
+    run.picture("reconstructions", torch.cat([x, model.decode(model.encode(x))], 1).transpose(0, 1),
+                "test frames, each above its reconstruction")
+    draw_films(run, "rollout", rows, 2)
+    # 100 frames after those given to four clips, for the recorded actions of forty.
+    count, k = min(4, len(first.actions)), 1 if run.rehearsing else 10
+    taken = first.actions[torch.arange(count * k) % len(first.actions)].view(count, -1)
+    film = model.imagine(first.truth[:count, :GIVEN], taken, seed=run.args.seed)
+    draw_films(run, "rollout_long", [RollOut(first.name, taken, film, clips.truth(taken))], 4, 5)
     # rollout.gif: one sequence of actions after the other, for the median of the moving test clips
     # by the error of the recorded actions' roll-out: neither a lucky nor an unlucky one.
     error = (first.imagined.float() - first.truth.float()).square().mean((1, 2, 3, 4))
     moving = is_moving(first.truth).nonzero().flatten()
     n = moving[error[moving].argsort()[len(moving) // 2]]
-    truth = [0 * row.imagined[n] if row.truth is None else row.truth[n] for row in rows]
-    run.write("rollout.gif", lambda file: save_film(
-        file, torch.cat([row.imagined[n] for row in rows]), torch.cat(truth),
-        [f"{row.name}, {t:+d}" for row in rows for t in range(1 - GIVEN, 1 + GENERATED)]))
+    film, truth = ([0 * row.imagined[n] if row[k] is None else row[k][n] for row in rows]
+                   for k in (2, 3))
+    captions = [f"{row.name}, {t - GIVEN:+d}" for row in rows for t in range(1, 1 + len(film[0]))]
+    run.write("rollout.gif", lambda f: save_film(f, torch.cat(film), torch.cat(truth), captions))
 
 
-def draw_films(run, name, rows, every=1):
+def draw_films(run, name, rows, count, every=1):
     """As the paper's fig. 7: frames given, then imagined; the ground truth in the row below."""
-    steps = range(1 - GIVEN if every == 1 else 0, rows[0].actions.shape[1] + 1, every)
-    at, films = [t + GIVEN - 1 for t in steps], []
-    for n in range(len(rows[0].imagined)):
-        for row in rows:
-            films.append((f"{row.name}: imagined", row.imagined[n, at]))
-            if row.truth is not None:
-                films.append(("ground truth", row.truth[n, at]))
+    at = range(0 if every == 1 else GIVEN - 1, rows[0].imagined.shape[1], every)
+    films = [(what, film[n, at]) for n in range(min(count, len(rows[0].imagined))) for row in rows
+             for what, film in ((f"{row.name}: imagined", row.imagined), ("truth", row.truth))
+             if film is not None]
     labels, films = zip(*films)
-    run.picture(name, torch.stack(films), f"{GIVEN} frames are given, up to +0; the others are "
-                "imagined, all codes before the first picture", [f"{t:+d}" for t in steps], labels)
+    run.picture(name, torch.stack(films), f"{GIVEN} frames, to +0, are given; all later codes "
+                "are sampled before one is decoded", [f"{t + 1 - GIVEN:+d}" for t in at], labels)
 
 
 def save_film(file, imagined, truth, captions, width=320):
@@ -323,13 +294,12 @@ def save_film(file, imagined, truth, captions, width=320):
                    value=255) for film in (imagined, truth) if film is not None]
     for x, caption in zip(torch.cat(films, 3), captions):              # (3, height, width)
         pictures.append(Image.fromarray(x.permute(1, 2, 0).numpy()))
-        text = f"imagined: {caption}" + "   (right: ground truth)" * (truth is not None)
+        text = f"imagined: {caption}" + "   (right: truth, if known)" * (truth is not None)
         ImageDraw.Draw(pictures[-1]).text((4, 3), text, "black", ImageFont.load_default(15))
     pictures[0].save(file, "GIF", save_all=True, append_images=pictures[1:], duration=350, loop=0)
 
 
 # -- Using a finished run: load, --play ---------------------------------------------------------
-
 
 def load(folder="runs/video", device="auto"):
     """The trained Model of a finished run, in eval mode; ValueError if there is none."""
@@ -352,10 +322,9 @@ def use(args):
         play.act(play.words[word.strip()])
     if not args.play:
         import matplotlib.pyplot as plt
-        figure = plt.figure("train_video.py --play", (11, 3))
-        if figure.canvas.required_interactive_framework is None:
+        play.open(plt.figure("train_video.py --play", (11, 3)))
+        if play.axis.figure.canvas.required_interactive_framework is None:
             raise ValueError("--play: no display for a window; --play left,left writes a GIF")
-        play.open(figure)
         plt.show()                                     # until the window is closed
     with open(Path(args.out, "play.gif"), "wb") as file:
         save_film(file, play.film, play.truth(), ["given"] * GIVEN + [
@@ -368,11 +337,9 @@ class Play:
     code map, and the picture that the decoder makes of it."""
 
     def __init__(self, model, clips, temperature=None):
-        self.model, self.clips = model, clips
-        self.temperature = temperature or model.args.temperature
-        n = len(model.names)                           # an action's words: name, number, key
-        self.words = {str(word): k for words in (model.names, range(n), (
-            "up", "left", "right", "down")[:n]) for k, word in enumerate(words)}
+        self.model, self.clips, self.temperature = model, clips, temperature
+        words = model.names, map(str, itertools.count()), ("up", "left", "right", "down")
+        self.words = {word: k for some in words for k, word in zip(range(len(model.names)), some)}
         self.restart(0)
 
     def restart(self, n):
@@ -389,8 +356,8 @@ class Play:
         self.film = torch.cat([self.film, self.model.decode(z)[0]])
 
     def truth(self):
-        film = self.clips.truth(torch.tensor([self.actions]).long(), self.n)
-        return None if film is None else film[0]
+        films = self.clips.truth(torch.tensor([self.actions]).long(), self.n)
+        return films if films is None else films[0]
 
     def open(self, figure):
         """Walk by the keyboard, in a matplotlib figure."""
@@ -398,7 +365,7 @@ class Play:
             figure.canvas.mpl_disconnect(figure.canvas.manager.key_press_handler_id)
         figure.canvas.mpl_connect("key_press_event", self.on_key)
         figure.text(0.02, 0.02, f"arrows or numbers: {', '.join(self.model.names)}    n: another "
-                    "clip    close the window: the walk is saved as play.gif")
+                    "clip    when the window is closed, the walk is saved as play.gif")
         # A colour for each code: ranks along three random directions, so that similar ones match.
         e = self.model.vqvae.quantizer.codebook.cpu()  # (K, D)
         ranks = (e @ torch.randn(e.shape[1], 3)).argsort(0).argsort(0)
@@ -406,12 +373,12 @@ class Play:
         self.show()
 
     def show(self):
-        sheets = [self.film, self.colors[self.codes.long()][0].permute(0, 3, 1, 2)
-                  .repeat_interleave(FACTOR, 2).repeat_interleave(FACTOR, 3), self.truth()]
+        codes = self.colors[self.codes[:, -1].long()].permute(0, 3, 1, 2)
+        codes = codes.repeat_interleave(FACTOR, 2).repeat_interleave(FACTOR, 3)
+        sheets = [x[-1] for x in (self.film, codes, self.truth()) if x is not None]
         self.axis.clear()
-        self.axis.axis("off")
-        self.axis.set_title("imagined, its codes, and the ground truth where it is known")
-        self.axis.imshow(torch.cat([x[-1] for x in sheets if x is not None], 2).permute(1, 2, 0))
+        self.axis.set(title="imagined, its codes, ground truth if known", xticks=[], yticks=[])
+        self.axis.imshow(torch.cat(sheets, 2).permute(1, 2, 0).numpy())
         self.axis.figure.canvas.draw_idle()
 
     def on_key(self, event):
@@ -424,8 +391,8 @@ class Play:
 
 # -- Data ---------------------------------------------------------------------------------------
 
-# A part of the data: frames (N, T, 3, H, W) uint8, perhaps a view of a memory map; actions (N, T-1)
-# int64: actions[:, t] leads from frames[:, t] to the next; truth: see demo_part.
+# A part of the data: frames (N, T, 3, H, W) uint8, in memory or mapped; actions (N, T-1) int64:
+# actions[:, t] leads from frames[:, t] to the next; truth: see demo_part.
 Clips = namedtuple("Clips", "frames actions truth", defaults=[lambda actions, first=0: None])
 
 
@@ -447,8 +414,7 @@ class Stretches(torch.utils.data.Dataset):
 
 
 class Data(namedtuple("Data", "parts facts")):
-    """parts: Clips by name ("train", "valid", "test", in the demo "unseen"). facts: what models and
-    results depend on."""
+    """parts: Clips by name. facts: what models and results depend on."""
 
     def few(self):
         """For the rehearsal: two clips, two frames to imagine. "unseen" is the same as "test"."""
@@ -466,13 +432,11 @@ class Data(namedtuple("Data", "parts facts")):
 
 def load_data(run):
     parts, names = load_parts(run.args)
-    train = parts["train"].frames
-    check_batch(len(train) * (train.shape[1] - 1), max(
-        run.args.batch_size, run.args.prior_batch_size), "frames",
-        "--batch-size or --prior-batch-size")
-    some = to_unit(train[torch.linspace(0, len(train) - 1, 200).long(), ::4])
-    return Data(parts, {"actions": names, "size": list(train.shape[-2:]), "digest": digest(train),
-                        "variance": some.var().item()})                # of x, for eq. 3's first term
+    x, batch_size = parts["train"].frames, max(run.args.batch_size, run.args.prior_batch_size)
+    check_batch(len(x) * (x.shape[1] - 1), batch_size, "frames", "--batch-size, --prior-batch-size")
+    some = to_unit(x[torch.linspace(0, len(x) - 1, 200).long(), ::4])  # variance: eq. 3, term 1
+    return Data(parts, {"actions": names, "size": list(x.shape[-2:]), "digest": digest(x),
+                        "variance": some.var().item()})
 
 
 def load_parts(args, wanted=("train", "valid", "test", "unseen")):
@@ -489,13 +453,10 @@ def load_parts(args, wanted=("train", "valid", "test", "unseen")):
 
 def read_arrays(path):
     """--data (see the top of this file) -> frames (N, T, 3, H, W), actions (N, T-1)."""
-    with reading(f"--data {path}"):
-        if os.path.isdir(path):                        # mode c: mapped, and never written back
-            frames, actions = (np.load(Path(path, f"{name}.npy"), "c", allow_pickle=False)
-                               for name in ("frames", "actions"))
-        else:
-            with np.load(path, allow_pickle=False) as file:
-                frames, actions = (np.asarray(file[name]) for name in ("frames", "actions"))
+    with reading(f"--data {path}"):                    # mode c: mapped, and never written back
+        file = {name: np.load(Path(path, f"{name}.npy"), "c", allow_pickle=False) for name in (
+            "frames", "actions")} if Path(path).is_dir() else np.load(path, allow_pickle=False)
+        frames, actions = np.asarray(file["frames"]), np.asarray(file["actions"])
     N, T, H, W, C = frames.shape if frames.ndim == 5 else [0] * 5
     if not (frames.dtype == np.uint8 and C == 3 and N >= 10 and T >= GIVEN + GENERATED
             and H % FACTOR == W % FACTOR == 0 and min(H, W) >= 4 * FACTOR
@@ -503,33 +464,25 @@ def read_arrays(path):
             and 0 <= actions.min() <= actions.max() < 256):
         raise ValueError(
             f"--data {path}: frames {frames.shape} {frames.dtype}, actions {actions.shape} "
-            f"{actions.dtype}; needed are frames (N, T, H, W, 3) uint8, N >= 10, T >= "
-            f"{GIVEN + GENERATED}, H and W multiples of {FACTOR} from {4 * FACTOR} up, and actions "
-            "(N, T) or (N, T-1), integers from 0 to 255")
-    return to_frames(frames), torch.from_numpy(actions[:, :T - 1].astype(np.int64))
-
-
-def to_frames(array):
-    return torch.from_numpy(array).permute(0, 1, 4, 2, 3)              # (N, T, 3, H, W), no copy
+            f"{actions.dtype}; needed: frames (N >= 10, T >= {GIVEN + GENERATED}, H, W, 3) uint8, "
+            f"H, W multiples of {FACTOR} from {4 * FACTOR}; actions (N, T) or (N, T-1), 0 to 255")
+    return (torch.from_numpy(np.moveaxis(frames, 4, 2)),
+            torch.from_numpy(actions[:, :T - 1].astype(np.int64)))
 
 
 def make_parser():
     parser = Parser("video", PRESETS, description=__doc__)
     parser.uses = ("play",)
-    parser.free = parser.free | {"prior_batch_size", "prior_lr", "judge_steps", "temperature"}
+    parser.free = parser.free | {"prior_batch_size", "prior_lr", "temperature"}
     flag = parser.add_argument
     flag("--play", nargs="?", const="", metavar="ACTIONS", help="walk through the imagination of "
-         "the finished run in --out, by arrow keys in a window, or by a list: left,left,forward")
+         "the run in --out: by the keyboard, in a window, or by a list: left,left,forward")
     flag("--prior-batch-size", type=positive(int), help="frames per step of the prior")
     flag("--prior-lr", type=positive(float), help="Adam's learning rate for the prior")
-    flag("--judge-steps", type=positive(int), help="training steps of the network that judges "
-         "which action imagined frames show")
-    flag("--no-actions", action="store_true", help="a prior that is not conditioned on actions "
-         "(the paper: \"similar results, not shown\")")
+    flag("--no-actions", action="store_true", help="a prior that is not conditioned on actions")
     flag("--res-hidden", type=positive(int), help="channels inside a residual block")
     flag("--prior-layers", type=positive(int), help="layers of its PixelCNN")
-    flag("--temperature", type=positive(float), default=1.0, help="of the roll-outs: below 1 "
-         "likely codes become likelier")
+    flag("--temperature", type=positive(float), help="of roll-outs; below 1: likelier codes")
     flag("--demo-clips", type=positive(int), default=3500, help="training clips of the demo")
     return parser
 
@@ -553,25 +506,21 @@ def demo_part(args, part):
         """GIVEN frames of clips first, .., and those that actions (n, T) really lead to then."""
         given = poses[first:first + len(actions), :GIVEN]
         later = world.walk(given[:, -1], actions.numpy())[:, 1:]
-        return to_frames(world.render(np.concatenate([given, later], 1), frames.shape[2]))
-
-    return Clips(to_frames(frames), torch.from_numpy(actions[:, :-1]), truth)
+        return world.render(np.concatenate([given, later], 1), frames.shape[3])
+    return Clips(frames, torch.from_numpy(actions[:, :-1]), truth)
 
 
 class World:
     """Some mazes, and a camera that walks in them. All is known: any future can be rendered.
 
     The camera's columns are equal angles, as on a panorama: of 48 columns for 120 degrees a turn
-    moves the whole picture by 4, which is one code. It takes twelve turns to see nothing of what
-    was seen before: most of what ten turns show can be known.
-
-    Poses (n, 4) are moved and looked from together: the maze's number, x, y on its grid, and the
-    heading in turns of TURN degrees to the left.
-    """
+    moves the whole picture by 4, which is one code; after ten turns some of it is still in view.
+    Poses (n, 4): the maze's number, x and y on its grid, the heading in turns of TURN degrees."""
 
     def __init__(self, count=2, seed=0, size=7):
         rng = np.random.default_rng(seed)
-        self.wall = np.stack([dig(size, rng) for _ in range(count)])   # (count, size, size)
+        self.wall = np.ones((count, size, size), bool)
+        self.wall[:, 1:-1, 1:-1] = rng.random((count, size - 2, size - 2)) < 0.2
         self.color = palette(rng.integers(6, size=self.wall.shape) / 6, 0.65)
         self.pattern = rng.integers(len(PATTERNS), size=self.wall.shape)
         self.floor = 0.75 * palette(rng.permutation(count) / count, 0.35)
@@ -580,16 +529,15 @@ class World:
     def start(self, count, rng):
         """Poses in the middle of free cells, with any heading."""
         cells = np.argwhere(~self.wall)[rng.integers((~self.wall).sum(), size=count)]
-        turns = rng.integers(360 // TURN, size=(count, 1))
-        return np.concatenate([cells + (0, 0.5, 0.5), turns], 1)
+        return np.column_stack([cells + (0, 0.5, 0.5), rng.integers(360 // TURN, size=count)])
 
     def move(self, pose, action):
         """One action each. A wall stops the part of a step that goes into it, and no other."""
         maze, x, y, turns = pose.T
         turns = (turns + (action == 1) - (action == 2)) % (360 // TURN)
-        angle, step = np.deg2rad(turns * TURN), STEP * (action == 0)
-        x = np.where(self.free(maze, x + step * np.cos(angle), y), x + step * np.cos(angle), x)
-        y = np.where(self.free(maze, x, y + step * np.sin(angle)), y + step * np.sin(angle), y)
+        dx, dy = (STEP * (action == 0) * f(np.deg2rad(turns * TURN)) for f in (np.cos, np.sin))
+        x = np.where(self.free(maze, x + dx, y), x + dx, x)
+        y = np.where(self.free(maze, x, y + dy), y + dy, y)
         return np.stack([maze, x, y, turns], 1)
 
     def free(self, maze, x, y):
@@ -601,12 +549,13 @@ class World:
         return np.stack(list(itertools.accumulate(actions.T, self.move, initial=pose)), 1)
 
     def render(self, poses, size):
-        """Poses (n, T, 4) -> pictures (n, T, size, 2 * size, 3) uint8."""
+        """Poses (n, T, 4) -> frames (n, T, 3, size, 2 * size) uint8."""
         with ThreadPoolExecutor() as pool:             # numpy works outside Python's lock
-            return np.stack(list(pool.map(lambda pose: self.look(pose, size), poses)))
+            frames = np.stack(list(pool.map(lambda pose: self.look(pose, size), poses)))
+        return torch.from_numpy(frames).permute(0, 1, 4, 2, 3)
 
     def look(self, pose, size):
-        """Poses (n, 4) -> pictures. Two rays per pixel each way, averaged: smooth edges."""
+        """Poses (n, 4) -> (n, size, 2 * size, 3). Two rays per pixel each way are averaged."""
         maze = pose[:, 0].astype(int)
         x, y, turns = (pose[:, i, None].astype(np.float32) for i in (1, 2, 3))
         across = ((np.arange(4 * size, dtype=np.float32) + 0.5) / (2 * size) - 1) * np.float32(VIEW)
@@ -615,20 +564,17 @@ class World:
         depth, through_y, i, j = self.cast(maze, x, y, dx, dy)
         along = np.where(through_y, x + depth * dx, y + depth * dy) % 1
         color = self.color[maze[:, None], i, j] * np.where(through_y, 0.8, 1)[..., None]
-
         up = -across[size:-size, None]                 # (rows, 1): half as far as to the sides
         height = (EYE + up * depth[:, None]) / WALL    # (n, rows, columns), 0 .. 1 on the wall
         wall = (height > 0) & (height < 1)
-        flat = np.where(up < 0, EYE, WALL - EYE) / abs(up)             # to floor or ceiling
-        depth = np.where(wall, depth[:, None], flat.astype(np.float32))
+        depth = np.where(wall, depth[:, None], np.where(up < 0, EYE, WALL - EYE) / abs(up))
         texel = PATTERNS[self.pattern[maze[:, None], i, j][:, None],
                          (height.clip(0, 0.99) * 16).astype(np.int8),
                          (along * 16).astype(np.int8)[:, None]]
-        tone = np.where(wall, texel, 1) * np.exp(depth * np.float32(-0.35))  # far away is dark
+        tone = np.where(wall, texel, 1) * np.exp(-0.35 * depth.astype(np.float32))     # far is dark
         image = np.where(wall[..., None], color[:, None].astype(np.float32), np.where(
             up[..., None] < 0, self.floor[maze, None, None], self.ceiling[maze, None, None]))
-        image *= tone[..., None]                       # (n, rows, columns, 3)
-        image = image.reshape(len(pose), size, 2, 2 * size, 2, 3).mean((2, 4))
+        image = (image * tone[..., None]).reshape(len(pose), size, 2, 2 * size, 2, 3).mean((2, 4))
         return (image * 255).round().astype(np.uint8)
 
     def cast(self, maze, x, y, dx, dy):
@@ -651,18 +597,6 @@ class World:
         return depth.astype(np.float32), through_y, i, j
 
 
-def dig(size, rng):
-    """A maze (size, size): True is wall. Every odd cell opens up or to the left, so that a way leads
-    to each; then half of the other walls inside go, for loops and small rooms."""
-    wall = np.ones((size, size), bool)
-    wall[1::2, 1::2] = False
-    for x, y in np.argwhere(~wall)[1:]:
-        up = y == 1 or x > 1 and rng.random() < 0.5
-        wall[(x - 1, y) if up else (x, y - 1)] = False
-    wall[1:-1, 1:-1] &= rng.random((size - 2, size - 2)) > 0.5
-    return wall
-
-
 def palette(hue, saturation):
     """Hue in [0, 1) -> RGB, by three shifted cosines: (...) -> (..., 3)."""
     wave = 0.5 + 0.5 * np.cos(2 * np.pi * (hue[..., None] - np.array([0, 1 / 3, 2 / 3])))
@@ -677,22 +611,19 @@ PATTERNS = np.where([(height < 0.5) ^ (along < 0.5), along < 0.5, (abs(height - 
 
 
 def demo_clips(world, count, length, size=24, seed=0):
-    """Random walks: frames (count, length, size, 2 * size, 3) uint8, actions (count, length) int64,
-    poses (count, length, 4). The walker likes to go on with what it does, and mostly turns at
-    walls: what a step into one does has to be seen as well."""
+    """Random walks: frames (count, length, 3, size, 2 * size) uint8, actions (count, length) int64,
+    poses (count, length, 4). Walkers like to go on with what they do, and mostly turn at walls."""
     rng = np.random.default_rng(seed)
-    pose, action, poses, actions = world.start(count, rng), rng.integers(3, size=count), [], []
-    for _ in range(length):
+    pose, action, walk = world.start(count, rng), np.zeros(count, int), []
+    for t in range(length):
         other = rng.choice(3, size=count, p=(0.4, 0.3, 0.3))
-        action = np.where(rng.random(count) < 0.7, action, other)
-        stuck = (world.move(pose, 0 * action) == pose).all(1) & (action == 0)
-        turn = stuck & (rng.random(count) < 0.7)
-        action = np.where(turn, rng.integers(1, 3, size=count), action)
-        poses.append(pose)
-        actions.append(action)
+        action = np.where(rng.random(count) < 0.7 * (t > 0), action, other)
+        stuck = (world.move(pose, 0 * action) == pose).all(1) & (rng.random(count) < 0.7)
+        action = np.where(stuck & (action == 0), rng.integers(1, 3, size=count), action)
+        walk.append((pose, action))
         pose = world.move(pose, action)
-    poses = np.stack(poses, 1)
-    return world.render(poses, size), np.stack(actions, 1), poses
+    poses, actions = (np.stack(x, 1) for x in zip(*walk))
+    return world.render(poses, size), actions, poses
 
 
 if __name__ == "__main__":
