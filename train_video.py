@@ -492,6 +492,7 @@ def make_parser():
 ACTIONS = ("forward", "left", "right")
 STEP, TURN = 0.15, 10             # a step in widths of a corridor, a turn in degrees
 RADIUS = 0.3                      # nearer than this the walker does not come to a wall
+MAZES = 100                       # with two, the prior knows them by heart: unseen ones suffer
 VIEW = np.deg2rad(60)             # half the field of view, to the sides
 EYE, WALL = 0.6, 1.2              # height of the eye and of the walls
 
@@ -517,14 +518,13 @@ class World:
     moves the whole picture by 4, which is one code; after ten turns some of it is still in view.
     Poses (n, 4): the maze's number, x and y on its grid, the heading in turns of TURN degrees."""
 
-    def __init__(self, count=2, seed=0, size=7):
+    def __init__(self, count=MAZES, seed=0, size=7):
         rng = np.random.default_rng(seed)
         self.wall = np.ones((count, size, size), bool)
         self.wall[:, 1:-1, 1:-1] = rng.random((count, size - 2, size - 2)) < 0.2
-        self.color = palette(rng.integers(6, size=self.wall.shape) / 6, 0.65)
+        self.color = palette(rng.integers(4, size=self.wall.shape) / 4, 0.65)
         self.pattern = rng.integers(len(PATTERNS), size=self.wall.shape)
-        self.floor = 0.75 * palette(rng.permutation(count) / count, 0.35)
-        self.ceiling = palette(rng.permutation(count) / count, 0.35)
+        self.floor, self.ceiling = np.float32([[0.25, 0.22, 0.2], [0.55, 0.6, 0.7]])
 
     def start(self, count, rng):
         """Poses in the middle of free cells, with any heading."""
@@ -571,9 +571,9 @@ class World:
         texel = PATTERNS[self.pattern[maze[:, None], i, j][:, None],
                          (height.clip(0, 0.99) * 16).astype(np.int8),
                          (along * 16).astype(np.int8)[:, None]]
-        tone = np.where(wall, texel, 1) * np.exp(-0.35 * depth.astype(np.float32))     # far is dark
-        image = np.where(wall[..., None], color[:, None].astype(np.float32), np.where(
-            up[..., None] < 0, self.floor[maze, None, None], self.ceiling[maze, None, None]))
+        tone = np.where(wall, texel, 1) * np.exp(-0.15 * depth.astype(np.float32))     # far is dark
+        image = np.where(wall[..., None], color[:, None].astype(np.float32),
+                         np.where(up[..., None] < 0, self.floor, self.ceiling))
         image = (image * tone[..., None]).reshape(len(pose), size, 2, 2 * size, 2, 3).mean((2, 4))
         return (image * 255).round().astype(np.uint8)
 
@@ -603,11 +603,10 @@ def palette(hue, saturation):
     return (1 - saturation * (1 - wave)).astype(np.float32)
 
 
-# Brightness of the walls' textures, (pattern, height, along): checks, a stripe, a picture. Each
-# has edges that run up the wall: from anywhere, a turn and a step can be told from standing.
+# Brightness of the walls' textures, (pattern, height, along): plain, halves, a picture.
 height, along = np.meshgrid(*[(np.arange(16) + 0.5) / 16] * 2, indexing="ij")
-PATTERNS = np.where([(height < 0.5) ^ (along < 0.5), along < 0.5, (abs(height - 0.5) < 0.25) &
-                     (abs(along - 0.5) < 0.3)], 0.6, 1).astype(np.float32)
+PATTERNS = np.where([along < 0, along < 0.5, (abs(height - 0.5) < 0.3) & (abs(along - 0.5) < 0.3)],
+                    0.6, 1).astype(np.float32)
 
 
 def demo_clips(world, count, length, size=24, seed=0):
