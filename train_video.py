@@ -278,10 +278,10 @@ def draw(run, model, clips, rows):
 def draw_films(run, name, rows, count, every=1):
     """As the paper's fig. 7: frames given, then imagined; the ground truth in the row below."""
     at = range(0 if every == 1 else GIVEN - 1, rows[0].imagined.shape[1], every)
-    films = [(what, film[n, at]) for n in range(min(count, len(rows[0].imagined))) for row in rows
-             for what, film in ((f"{row.name}: imagined", row.imagined), ("truth", row.truth))
-             if film is not None]
-    labels, films = zip(*films)
+    labels, films = zip(*[
+        (what, film[n, at]) for n in range(min(count, len(rows[0].imagined))) for row in rows
+        for what, film in ((f"{row.name}: imagined", row.imagined), ("ground truth", row.truth))
+        if film is not None])
     run.picture(name, torch.stack(films), f"{GIVEN} frames, to +0, are given; all later codes "
                 "are sampled before one is decoded", [f"{t + 1 - GIVEN:+d}" for t in at], labels)
 
@@ -294,7 +294,7 @@ def save_film(file, imagined, truth, captions, width=320):
                    value=255) for film in (imagined, truth) if film is not None]
     for x, caption in zip(torch.cat(films, 3), captions):              # (3, height, width)
         pictures.append(Image.fromarray(x.permute(1, 2, 0).numpy()))
-        text = f"imagined: {caption}" + "   (right: truth, if known)" * (truth is not None)
+        text = f"imagined: {caption}" + "   (right: ground truth, if known)" * (truth is not None)
         ImageDraw.Draw(pictures[-1]).text((4, 3), text, "black", ImageFont.load_default(15))
     pictures[0].save(file, "GIF", save_all=True, append_images=pictures[1:], duration=350, loop=0)
 
@@ -504,7 +504,7 @@ def demo_part(args, part):
     frames, actions, poses = demo_clips(world, count, GIVEN + GENERATED, seed=mix(args.seed, part))
 
     def truth(actions, first=0):
-        """GIVEN frames of clips first, .., and those that actions (n, T) really lead to then."""
+        """The GIVEN frames of clips number first, .., and those that actions (n, T) lead to."""
         given = poses[first:first + len(actions), :GIVEN]
         later = world.walk(given[:, -1], actions.numpy())[:, 1:]
         return world.render(np.concatenate([given, later], 1), frames.shape[3])

@@ -236,8 +236,8 @@ def test_forward_goes_where_one_looks_and_back_after_half_a_turn(world):
 
 
 def test_forward_into_a_wall_stops(world, poses):
-    # Slanted walks slide along a wall into a corner; 100 steps are longer than any way there.
-    end = after(world, poses, *[FORWARD] * 100)
+    # Slanted walks slide along a wall into a corner: at 10 degrees 5 cells take 192 steps.
+    end = after(world, poses, *[FORWARD] * 200)
     assert np.array_equal(after(world, end, FORWARD), end)
     assert np.array_equal(world.look(after(world, end, FORWARD), 16), world.look(end, 16))
     assert not world.wall[end[:, 0].astype(int), end[:, 1].astype(int), end[:, 2].astype(int)].any()
