@@ -33,18 +33,28 @@ def run(*flags, out):
 
 
 @pytest.fixture
-def refused(tmp_path, monkeypatch, capsys):
-    """Call the script's main with flags: one line on stderr, exit status 2. Returns the line."""
-    def call(*flags):
-        monkeypatch.setattr(sys, "argv", ["train_audio.py", *TINY, "--out", str(tmp_path / "out"),
+def call(tmp_path, monkeypatch, capsys):
+    """The script with flags, in this process: its output and, where it left one, metrics.json."""
+    def call(*flags, out=tmp_path / "out", tiny=TINY):
+        monkeypatch.setattr(sys, "argv", ["train_audio.py", *tiny, "--out", str(out),
                                           *map(str, flags)])
+        audio.launch(audio.make_parser(), audio.load_data, audio.main, audio.use)
+        found = out / "metrics.json"
+        return capsys.readouterr().out, json.loads(found.read_text()) if found.exists() else None
+    return call
+
+
+@pytest.fixture
+def refused(call, capsys):
+    """The script with flags: one line on stderr, exit status 2. Returns the line."""
+    def refused(*flags, **kwargs):
         with pytest.raises(SystemExit) as stopped:
-            audio.main()
+            call(*flags, **kwargs)
         error = capsys.readouterr().err
         assert stopped.value.code == 2
         assert error.startswith("error: ") and error.count("\n") == 1, error
         return error
-    return call
+    return refused
 
 
 def save(path, x, rate=8000, width=2, channels=1):
@@ -179,9 +189,12 @@ def test_pitch_of_a_pulse_train_and_of_noise():
 
 
 def test_windows_stay_within_one_speaker():
-    starts, owners = audio.windows([10, 3, 7], 4, 2)
-    assert starts.tolist() == [0, 2, 4, 6, 13, 15] and owners.tolist() == [0, 0, 0, 0, 2, 2]
-    assert audio.cut(torch.arange(20), starts, 4)[-1].tolist() == [15, 16, 17, 18]
+    windows = audio.Windows(torch.arange(100), [(10, 10), (40, 3), (50, 7)], 4, 2)
+    index = torch.arange(len(windows))
+    starts, owners = windows.start(index)
+    assert starts.tolist() == [10, 12, 14, 16, 50, 52] and owners.tolist() == [0, 0, 0, 0, 2, 2]
+    cut, whose = windows[index[[5, 0]]]
+    assert cut.tolist() == [[52, 53, 54, 55], [10, 11, 12, 13]] and whose.tolist() == [2, 0]
 
 
 def test_phone_map_takes_the_likeliest_phone_and_skips_what_has_no_label():
@@ -192,56 +205,100 @@ def test_phone_map_takes_the_likeliest_phone_and_skips_what_has_no_label():
     assert audio.phone_accuracy(table, codes, phones) == pytest.approx(3 / 4)
 
 
+def speech(levels, **changes):
+    """A Speech of one speaker with a hop of 2, its first half for training."""
+    half = len(levels) // 2
+    found = audio.Speech(levels, train=[(0, half)], valid=[(0, half)], test=[(half, half)],
+                         speakers=["ann"], phones=[], ends=torch.tensor([len(levels)]),
+                         spoken=torch.tensor([audio.UNLABELLED], dtype=torch.uint8), rate=8000,
+                         hop=2, longest=2)
+    return found._replace(**changes)
+
+
+def tiny_run(tmp_path, **args):
+    """What functions of the script need of a Run."""
+    def write(name, writer):
+        with open(tmp_path / name, "wb") as f:
+            writer(f)
+    return SimpleNamespace(args=SimpleNamespace(**{"num_codes": 3, "temperature": 1.0, **args}),
+                           out=tmp_path, device=torch.device("cpu"), rehearsing=False, write=write,
+                           say=print)
+
+
 def test_phones_are_read_on_test_speech_by_the_table_of_training_speech(tmp_path):
-    def part(codes, phones):                           # two samples a code, their phone the second's
-        phones = torch.tensor(phones, dtype=torch.uint8)
-        label = torch.stack([torch.zeros_like(phones), phones], 1).flatten()
-        return audio.Speech(torch.zeros_like(label), label, [len(label)]), torch.tensor(codes)
+    codes = torch.tensor([0, 1, 1, 1, 2, 2] + [0, 1, 2, 2, 2, 2])
+    phones = torch.tensor([0, 1, 1, 2, 2, 2] + [1, 2, 2, 0, 255, 255], dtype=torch.uint8)
+    # Two samples per code: the phone in the middle of a code is that of its second.
+    data = speech(torch.zeros(24, dtype=torch.uint8), phones=["a", "b", "c"],
+                  ends=torch.arange(24) + 1,
+                  spoken=torch.stack([torch.zeros_like(phones), phones], 1).flatten())
+    nothing = torch.zeros(1, 1, 2, dtype=torch.uint8)
+    clips = audio.Clips(nothing[0], torch.zeros(1), torch.zeros(1))
+    found = audio.read_phones(tiny_run(tmp_path), None, data, codes, clips, nothing)
+    assert found["phone_baseline"] == 2 / 4, "the most frequent phone of training speech is c"
+    assert found["phone_accuracy"] == 1 / 4, "predicted: a, b, c, c"
+    assert (tmp_path / "phones.png").stat().st_size > 0
 
-    run = SimpleNamespace(args=SimpleNamespace(hop=2, num_codes=3), out=tmp_path)
-    table, found = audio.read_phones(run, part([0, 1, 1, 1, 2, 2], [0, 1, 1, 2, 2, 2]),
-                                     part([0, 1, 2, 2], [1, 2, 2, 0]), ["a", "b", "c"])
-    assert table.tolist() == [[1, 0, 0], [0, 2, 1], [0, 0, 2]]
-    assert found["phone_baseline"] == 2 / 4, "the commonest phone of training speech is c"
-    assert found["phone_accuracy"] == 1 / 4, "read as a, b, c, c"
 
-
-def test_conversions_are_judged_by_the_voice_asked_for():
-    waves, who, _ = audio.demo_speech(8, seed=1, seconds=1.0)
-    clips, who = audio.mu_law(torch.from_numpy(waves)), torch.from_numpy(who)
+def test_conversions_are_judged_by_the_target_speaker(tmp_path):
+    waves, who, _ = audio.demo_speech(16, seed=1, seconds=1.0)
+    levels, who = torch.stack([audio.to_levels(x) for x in torch.from_numpy(waves)]), torch.tensor(who)
     wanted = torch.tensor([v[0] for v in audio.VOICES.values()])
+    order = who.argsort(stable=True)                   # four seconds of each speaker
+    data = speech(levels[order].flatten(), train=[(k * 32_000, 32_000) for k in range(4)],
+                  speakers=list(audio.VOICES))
+    clips = audio.Clips(levels[:4], who[:4], None)
+    voices = (who[:4, None] + torch.arange(4)) % 4
 
-    def accuracy(x, speaker):                          # in place of the classifier: by pitch
-        heard = audio.pitch(audio.inverse_mu_law(x), 8000)
-        nearest = (heard[:, None] / wanted).log2().abs().argmin(1)
-        return (nearest == speaker).float().mean().item()
+    def by_pitch(x):                                   # in place of the classifier
+        found = audio.pitch(audio.to_wave(x), 8000)
+        return -(found[:, None] / wanted).log2().abs()
 
     def judge(drawn):
-        return audio.judge(SimpleNamespace(accuracy=accuracy), clips[:4], who[:4], drawn,
-                           list(audio.VOICES), 8000)
+        return audio.judge_conversions(tiny_run(tmp_path, clip=8000), by_pitch, data, clips, voices,
+                                       drawn)
 
-    perfect = judge(clips[4:].expand(4, 4, -1))        # each one speaks the voice asked for
+    perfect = judge(levels[4:8][voices])               # each one in the target's voice
     assert perfect["real_speaker_accuracy"] == perfect["converted_speaker_accuracy"] == 1
     assert perfect["converted_pitch_error"] < 1
-    none = judge(clips[:4, None].expand(4, 4, -1))     # nothing was converted
+    none = judge(levels[:4, None].expand(4, 4, -1))    # nothing was converted
     assert none["converted_speaker_accuracy"] == 0
     semitones = 12 * (wanted[:, None] / wanted).log2().abs().sum() / 12        # over 12 pairs
     assert none["converted_pitch_error"] == pytest.approx(semitones.item(), abs=1)
     assert none["pitch_soprano"] > 200 > none["pitch_as_soprano"]
 
 
-def test_the_end_of_every_speaker_is_held_out(tmp_path):
-    data = speakers(tmp_path / "data", files=12)
-    args = audio.make_parser().parse_args([*TINY, "--data", str(data), "--sample-rate", "8000"])
-    args.hop = 64
-    train, test, names, phones = audio.load_data(args, SimpleNamespace(say=print))
-    assert names == ["ann", "bob"] and phones == []
-    assert train.lengths == [86_400 // 64 * 64] * 2 and test.lengths == [9600] * 2
-    folder, _ = audio.read_folder(data, args, SimpleNamespace(say=print))
-    for k, name in enumerate(names):
-        whole = folder[name][0]
-        assert torch.equal(train.wave.split(train.lengths)[k], whole[:train.lengths[k]])
-        assert torch.equal(test.wave.split(test.lengths)[k], whole[-9600:])
+def loaded(*flags, tmp_path, monkeypatch):
+    """load_data of the script with these flags."""
+    monkeypatch.setattr(sys, "argv", ["train_audio.py", *TINY, "--out", str(tmp_path / "out"),
+                                      *map(str, flags)])
+    return audio.load_data(audio.launch.__globals__["Run"](audio.make_parser()))
+
+
+def test_each_speaker_has_its_own_stretches_and_they_do_not_overlap(tmp_path, monkeypatch):
+    data = loaded("--data", speakers(tmp_path / "data", files=12), "--sample-rate", "8000",
+                  tmp_path=tmp_path, monkeypatch=monkeypatch)
+    assert data.speakers == ["ann", "bob"] and data.phones == [] and data.hop == 64
+    assert len(data.levels) == 2 * 96_000
+    for k in range(2):
+        (a, n), (b, m), (c, l) = data.train[k], data.valid[k], data.test[k]
+        assert a == 96_000 * k and a + n == b and b + m == c, "training, validation, test in order"
+        assert 96_000 * (k + 1) - 64 < c + l <= 96_000 * (k + 1), "and nothing is left out"
+        assert l == pytest.approx(9600, abs=128) and m == pytest.approx(4800, abs=128)
+        assert all(x % 64 == 0 for x in (a, n, b, m, c, l)), "codes and stretches begin together"
+
+
+def test_decoded_files_are_found_again_and_a_changed_one_is_noticed(tmp_path, monkeypatch):
+    folder = speakers(tmp_path / "data")
+    again = {"tmp_path": tmp_path, "monkeypatch": monkeypatch}
+    first = loaded("--data", folder, "--sample-rate", "8000", **again)
+    with monkeypatch.context() as patch:               # nothing is decoded a second time
+        patch.setattr(audio, "read_sound", None)
+        second = loaded("--data", folder, "--sample-rate", "8000", **again)
+    assert torch.equal(first.levels, second.levels) and first.facts == second.facts
+    save(folder / "ann/0.wav", np.zeros(9000))
+    third = loaded("--data", folder, "--sample-rate", "8000", **again)
+    assert len(third.levels) == len(first.levels) + 1000
 
 
 def test_prior_sees_the_whole_chunk():
@@ -251,16 +308,28 @@ def test_prior_sees_the_whole_chunk():
 
 
 def test_labels_in_both_forms(tmp_path):
-    for text in ("0.25 a\n1.0 b\n", "0 0.25 a\n0.25 1.0 b\n"):
-        (tmp_path / "x.lab").write_text(text)
-        label, names = torch.full((100,), audio.UNLABELLED, dtype=torch.uint8), []
-        audio.read_labels(tmp_path / "x.lab", label, names, 100)
-        assert names == ["a", "b"] and label.tolist() == [0] * 25 + [1] * 75
+    for text in ("0.25 a\n1.0 b\n", "0 0.25 a\n0.25 1.0 b\n", "\ufeff0.25 a\r\n1.0 b"):
+        (tmp_path / "x.lab").write_text(text, encoding="utf-8")
+        assert audio.read_labels(tmp_path / "x.lab", 1.0) == [(0, 0.25, "a"), (0.25, 1.0, "b")], (
+            "a byte-order mark is not part of the first number")
     (tmp_path / "x.lab").write_text("0.1 0.25 a\n0.5 1.0 b\n")
-    label = torch.full((100,), audio.UNLABELLED, dtype=torch.uint8)
-    audio.read_labels(tmp_path / "x.lab", label, [], 100)
+    assert audio.read_labels(tmp_path / "x.lab", 1.0) == [(0.1, 0.25, "a"), (0.5, 1.0, "b")]
+
+
+def test_phone_of_every_sample_comes_from_intervals(tmp_path):
+    for name, text in (("0", "0.1 0.25 a\n0.5 1.0 b\n"), ("2", "1.03 a\n")):
+        (tmp_path / f"lab/ann/{name}.lab").parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"lab/ann/{name}.lab").write_text(text)
+    run, said = tiny_run(tmp_path, sample_rate=100, labels=tmp_path / "lab"), []
+    run.say = said.append
+    files = [tmp_path / f"wav/ann/{i}.wav" for i in range(3)]
+    names, ends, spoken = audio.label_stream(run, tmp_path / "wav", files, [100, 50, 100])
+    data = speech(torch.zeros(250, dtype=torch.uint8), phones=names, ends=ends, spoken=spoken)
     unknown = [audio.UNLABELLED]
-    assert label.tolist() == 10 * unknown + [0] * 15 + 25 * unknown + [1] * 50
+    assert names == ["a", "b"]
+    assert data.phone_at(torch.arange(250)).tolist() == (
+        10 * unknown + [0] * 15 + 25 * unknown + [1] * 50 + 50 * unknown + [0] * 100)
+    assert said == ["1 of 3 recordings have no .lab file and stay unlabelled"]
 
 
 # -- the model ------------------------------------------------------------------------------------
@@ -271,21 +340,6 @@ def tiny_model(codebook="loss"):
                                            "--skip-channels", "16"])
     torch.manual_seed(0)
     return audio.SpeechVQVAE(args, 3)
-
-
-@pytest.mark.parametrize("codebook", ["loss", "ema"])
-def test_codes_idle_for_long_move_onto_encoder_outputs_and_others_stay(codebook):
-    model = tiny_model(codebook)
-    vq = model.quantizer
-    before = vq.codebook.detach().clone()
-    z_e, codes = torch.randn(2, 4, 3), torch.tensor([[0, 0, 1], [1, 0, 0]])
-    for _ in range(6):
-        model.revive(z_e, codes, patience=5)
-    after, vectors = vq.codebook.detach(), z_e.transpose(1, 2).reshape(-1, 4)
-    assert torch.equal(after[:2], before[:2])          # in use
-    assert all((row == vectors).all(1).any() for row in after[2:])
-    if codebook == "ema":                              # eq. 8 must hold for the moved ones
-        assert torch.allclose(vq.ema_sum / vq.ema_count[:, None], after)
 
 
 def test_model_learns_through_codes_and_speaker():
