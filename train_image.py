@@ -34,7 +34,7 @@ import torch.nn.functional as F
 
 from prior import PixelCNN
 from vqvae import (VAE, VIMCO, VQVAE, Categorical, Gaussian, GlobalVAE, GlobalVQVAE, Parser, Run,
-                   VectorQuantizer, VectorQuantizerEMA, bits_per_dim, count_codes, map_gap, mix,
+                   VectorQuantizer, VectorQuantizerEMA, bits_per_dim, count_codes, likelihood_gap, mix,
                    perplexity, positive, stop, to_unit)
 
 PRESETS = {
@@ -501,7 +501,7 @@ def make_model(args, variance):
     else:
         model = VQVAE(make_quantizer(args, args.num_codebooks), likelihood, **widths)
     if args.likelihood == "categorical":
-        likelihood.start(model.decoder[-1])
+        likelihood.init_logits(model.decoder[-1])
     return model
 
 
@@ -554,8 +554,8 @@ def measure(model, images, codes, args, batch=128):
         torch.manual_seed(args.seed)                   # VAE and VIMCO draw z
         metrics.update(bits_per_dim(model, images))
         if codes is not None:                          # sec. 3.2: is one term of the sum enough?
-            gaps = [map_gap(model, x).item() for x in images[:: -(-len(images) // 4)]]
-            metrics["map_gap_bits_per_dim"] = np.mean(gaps) / images[0].numel() / math.log(2)
+            gaps = [likelihood_gap(model, x).item() for x in images[:: -(-len(images) // 4)]]
+            metrics["likelihood_gap_bits_per_dim"] = np.mean(gaps) / images[0].numel() / math.log(2)
     return metrics
 
 
@@ -737,7 +737,7 @@ def fit_second(run, vqvae, vae, alone, codes, vectors):
     share = min(len(codes), args.num_codes) // run.world
     with torch.no_grad():
         z_e = vqvae.encoder(vectors(codes[run.rank::run.world][:share]))
-    vqvae.quantizer.seed(vqvae.quantizer.to_vectors(z_e))
+    vqvae.quantizer.init_codebook(vqvae.quantizer.to_vectors(z_e))
     fit("second-vqvae", vqvae, loss, steps - steps // 2)
     fit("second-vae", vae, loss, steps)
     fit("second-alone", alone, lambda net, x: prior_loss(net, x, None), steps)

@@ -46,6 +46,7 @@ import traceback
 import zlib
 from contextlib import contextmanager
 from copy import copy
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,6 +54,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 try:
     import fcntl
@@ -103,28 +105,40 @@ class VectorQuantizer(nn.Module):
         beta: weight of the commitment term; 0.25 in all the paper's experiments.
         num_codebooks: G. The channels are cut into G slices of D, each with a codebook of its
             own: G latents at every position (the 10 in sec. 4.1's 8 x 8 x 10, say).
-        data_init: start the codebook at encoder outputs of the first training batch. The paper
-            does not say how it starts; vectors from elsewhere leave many codes unused for ever.
-            False: uniform in [-1/K, 1/K].
+        data_init: initialise the codebook with encoder outputs of the first training batch. The
+            paper does not say how it starts; vectors from elsewhere leave many codes unused for
+            ever. False: uniform in [-1/K, 1/K].
+        restart_after: a code is dead once restart_after * K latents in a row have chosen others:
+            that many times as long as it takes a code in average use to be chosen once. It is
+            moved to an encoder output of that batch. Not in the paper; 0 is the paper's rule,
+            under which a code that starts in the wrong place stays there.
 
     Input (B, G*D, ...) with any number of axes after the channels; raises ValueError for
     another channel count. Works in float32 (float64 after .double()), also under autocast: in
     bfloat16 near neighbours change places.
     """
 
-    def __init__(self, num_codes, code_dim, beta=0.25, num_codebooks=1, data_init=True):
+    def __init__(self, num_codes, code_dim, beta=0.25, num_codebooks=1, data_init=True,
+                 restart_after=30):
         super().__init__()
         self.num_codes, self.code_dim, self.num_codebooks = num_codes, code_dim, num_codebooks
-        self.beta = beta
-        self.seeded = not data_init
+        self.beta, self.restart_after = beta, restart_after
         # G codebooks stacked: rows g*K .. (g+1)*K - 1 belong to slice g.      (G*K, D)
         table = torch.empty(num_codebooks * num_codes, code_dim)
         self.codebook = nn.Parameter(table.uniform_(-1 / num_codes, 1 / num_codes))
+        # In the state dict: a resumed model must not be initialised again.
+        self.register_buffer("initialized", torch.tensor(not data_init))
+        self.ready = not data_init                     # the same, asked without waiting for a GPU
+        # How many latents have chosen other codes since one chose this.    (G*K)
+        self.register_buffer("unused", torch.zeros(len(table), dtype=torch.long))
+        self.register_buffer("moved", self.unused > 0, persistent=False)   # since the last step
 
     def forward(self, z_e):
         z = self.to_vectors(z_e.detach())              # (G, N, D)
-        if self.training and not self.seeded:
-            self.seed(z)
+        if self.training and not self.ready:
+            if not self.initialized:
+                self.init_codebook(z)
+            self.ready = True
         codes = self.nearest(z)                        # (G, N)     eq. 1: q(z = k|x) = 1
         rows = self.rows(codes)                        # (G, N)     the same, in the stack
         e = self.codebook.index_select(0, rows.flatten()).view_as(z)  # (G, N, D)  eq. 2: e_k
@@ -133,6 +147,8 @@ class VectorQuantizer(nn.Module):
         # for each latent". mse averages over both, hence the factor D, here and below.
         commitment = self.code_dim * mse(z_e, z_q.detach())            # eq. 3, term 3
         loss = self.codebook_term(z, e, rows) + self.beta * commitment
+        if self.training and self.restart_after:
+            self.restart_dead_codes(z, rows)
         codes = codes.view(self.num_codebooks, z_e.shape[0], *z_e.shape[2:]).transpose(0, 1)
         return Quantized(z_q, codes.squeeze(1) if self.num_codebooks == 1 else codes, loss)
 
@@ -154,16 +170,17 @@ class VectorQuantizer(nn.Module):
                               for part in z.split(tile, 1)], 1)
 
     @torch.no_grad()
-    def seed(self, z):
-        """Start every codebook at K of the vectors z (G, N, D), chosen as k-means++ chooses its
-        means: each next one with a probability proportional to its squared distance from the
-        nearest one chosen before (Arthur and Vassilvitskii, 2007).
+    def init_codebook(self, z):
+        """Initialise every codebook with K of the vectors z (G, N, D), chosen by k-means++: each
+        next one with a probability proportional to its squared distance from the nearest one
+        chosen before (Arthur and Vassilvitskii, 2007).
 
-        Chosen evenly, most would lie side by side where most latents are (the sky, a wall), and
-        all but a few of those would never be nearest to anything.
+        Uniform picks would lie side by side where most latents are (the sky, a wall), and all but
+        a few of those would never be nearest to anything.
         """
-        if dist.is_available() and dist.is_initialized():  # from the joint batch of all processes
-            parts = [torch.empty_like(z) for _ in range(dist.get_world_size())]
+        _, world = processes()
+        if world > 1:                                  # from the joint batch of all processes
+            parts = [torch.empty_like(z) for _ in range(world)]
             dist.all_gather(parts, z.contiguous())
             z = torch.cat(parts, 1)
         # A generator of its own: the same rows in every process, and the global one is not moved.
@@ -179,8 +196,50 @@ class VectorQuantizer(nn.Module):
             distance = torch.minimum(distance, (z - e[-1]).square().sum(2).clamp(min=1e-30))
             pick = torch.multinomial(distance.cpu(), 1, generator=generator).to(z.device)
             e.append(z.take_along_dim(pick.unsqueeze(2), 1))                   # (G, 1, D)
-        self.codebook.copy_(torch.cat(e, 1).flatten(0, 1))
-        self.seeded = True
+        self.move(torch.ones_like(self.unused, dtype=torch.bool), torch.cat(e, 1).flatten(0, 1))
+        self.initialized.fill_(True)
+
+    @torch.no_grad()
+    def restart_dead_codes(self, z, rows):
+        """Move dead codes to vectors of this batch: z (G, N, D), and the rows (G, N) they chose.
+
+        The encoder starts out so vague that a few codes do for all it says, and leaves the others
+        behind as it learns to say more. The count is over all processes, and all move the same
+        codes to the same vectors of the joint batch. Nothing is drawn at random, and nothing makes
+        a GPU wait: the number of dead codes is never asked for.
+        """
+        (G, N, _), (rank, world) = z.shape, processes()
+        self.unused += N * world
+        self.unused.index_fill_(0, rows.flatten(), 0)
+        if world > 1:  # a code that any process has used is 0 now, in all of them
+            dist.all_reduce(self.unused, dist.ReduceOp.MIN)
+        dead = (self.unused >= self.restart_after * self.num_codes).view(G, -1)        # (G, K)
+        number = dead.cumsum(1) - 1                    # 0, 1, 2, .. for the dead ones
+        dead &= number < N * world                     # two at one vector would tie
+        count = dead.sum(1, keepdim=True).clamp(min=1)
+        # The batch is random already: evenly spread places in it are random vectors.
+        place = (number * (N * world) // count) - rank * N             # (G, K)
+        here = (place >= 0) & (place < N)              # the others are in other processes' shares
+        new = z.take_along_dim(place.clamp(0, N - 1).unsqueeze(2), 1) * here.unsqueeze(2)
+        if world > 1:
+            dist.all_reduce(new)
+        self.move(dead.flatten(), new.flatten(0, 1))
+
+    def move(self, which, to):
+        """Codes `which` (G*K) bool to the vectors `to` (G*K, D), with no past."""
+        self.codebook.copy_(torch.where(which.unsqueeze(1), to, self.codebook))
+        self.unused.masked_fill_(which, 0)
+        self.moved |= which
+
+    def reset_moments(self, optimizer):
+        """Call once, after the optimiser is made: before each of its steps the averages that Adam
+        keeps of a moved code's gradients are set to 0. They belong to the place that it left."""
+        def forget(optimizer, *_):
+            for average in optimizer.state.get(self.codebook, {}).values():
+                if average.shape == self.codebook.shape:
+                    average.masked_fill_(self.moved.unsqueeze(1), 0)
+            self.moved.zero_()
+        optimizer.register_step_pre_hook(forget)
 
     def lookup(self, codes):
         """codes (B, ...), or (B, G, ...), to vectors (B, G*D, ...): what the decoder takes."""
@@ -207,13 +266,6 @@ class VectorQuantizer(nn.Module):
         e = e.view(self.num_codebooks, shape[0], *shape[2:], self.code_dim)
         return e.movedim(-1, 2).transpose(0, 1).reshape(shape)
 
-    # "Already seeded" travels in the state dict: a resumed model must not be seeded again.
-    def get_extra_state(self):
-        return self.seeded
-
-    def set_extra_state(self, seeded):
-        self.seeded = seeded
-
 
 class VectorQuantizerEMA(VectorQuantizer):
     """The same quantiser, its codebook a moving average of what it is chosen for: A.1, eqs. 6-8.
@@ -223,8 +275,8 @@ class VectorQuantizerEMA(VectorQuantizer):
     """
 
     def __init__(self, num_codes, code_dim, beta=0.25, gamma=0.99, num_codebooks=1,
-                 data_init=True):
-        super().__init__(num_codes, code_dim, beta, num_codebooks, data_init)
+                 data_init=True, restart_after=30):
+        super().__init__(num_codes, code_dim, beta, num_codebooks, data_init, restart_after)
         self.gamma = gamma
         table = self.codebook.detach()
         del self.codebook
@@ -245,7 +297,7 @@ class VectorQuantizerEMA(VectorQuantizer):
         """One step of eqs. 6-8 with z (G*N, D) and the row of the codebook each one chose."""
         n = torch.zeros_like(self.ema_count).index_add_(0, rows, torch.ones_like(z[:, 0]))
         total = torch.zeros_like(self.ema_sum).index_add_(0, rows, z)  # sum_j z_ij
-        if dist.is_available() and dist.is_initialized():  # every process sees the joint batch
+        if processes()[1] > 1:                         # every process sees the joint batch
             dist.all_reduce(n)
             dist.all_reduce(total)
         self.ema_count.lerp_(n, 1 - self.gamma)                        # eq. 6: N_i
@@ -256,10 +308,17 @@ class VectorQuantizerEMA(VectorQuantizer):
         mean = self.ema_sum / self.ema_count.unsqueeze(1)
         self.codebook.copy_(torch.where(chosen, mean, self.codebook))
 
-    def seed(self, z):
-        super().seed(z)
-        self.ema_count.fill_(1)
-        self.ema_sum.copy_(self.codebook)
+    def move(self, which, to):
+        super().move(which, to)
+        self.ema_count.masked_fill_(which, 1)
+        self.ema_sum.copy_(torch.where(which.unsqueeze(1), to, self.ema_sum))
+
+
+def processes():
+    """This process's rank, and how many there are."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
 
 
 def count_codes(codes, num_codes, num_codebooks=1):
@@ -376,8 +435,8 @@ class Categorical:
 
     outputs = 256
 
-    def start(self, layer):
-        """Start a decoder's last, transposed convolution as if p(x|z) were a Gaussian.
+    def init_logits(self, layer):
+        """Initialise a decoder's last, transposed convolution as if p(x|z) were a Gaussian.
 
         Not in the paper. A softmax does not know that 100 lies between 99 and 101, and has to
         meet each of them before it expects it. With these weights it knows: the bias is a wide
@@ -409,6 +468,60 @@ class Categorical:
         p = self.logits(out).float().softmax(-1)
         mean = p @ torch.arange(256, device=out.device, dtype=p.dtype)
         return mean.round().to(torch.uint8).permute(0, 3, 1, 2)
+
+
+class Logistics:
+    """p(x|z) = a mixture of M discretised logistics for every colour of every pixel.
+
+    Not in the paper; [PixelCNN++, Salimans et al. 2017] without its autoregression, so that, as
+    in sec. 4.1, all bytes are independent given z. A logistic is a bell with mean m and scale s
+    whose CDF is a sigmoid. Byte k takes what lies within half a byte of k, and 0 and 255 the tails:
+
+        P(k) = sigmoid(a) - sigmoid(b),  a = (k + 1/2 - m) / s,  b = (k - 1/2 - m) / s
+
+    It has 3 M outputs where the softmax has 256, and contains what that has to learn: that near
+    intensities are alike. At equal computing time it is far ahead. m and s are in units of 255.
+    """
+
+    def __init__(self, mixtures=1):
+        self.mixtures, self.outputs = mixtures, 3 * mixtures
+
+    def init_logits(self, layer):
+        """Initialise a decoder's last layer: M bells side by side, together as wide as images."""
+        M = self.mixtures
+        means = torch.linspace(-0.5, 0.5, M + 2)[1:-1]
+        bias = torch.stack([torch.zeros(M), means, torch.full((M,), -2.0)])            # (3, M)
+        with torch.no_grad():
+            layer.bias.copy_(bias.flatten().repeat(len(layer.bias) // bias.numel()))
+
+    def mixture(self, out):
+        """(B, C * 3 * M, H, W) -> log weight, m, log s, (B, C, M, H, W) each, in float32."""
+        weight, mean, log_s = out.float().unflatten(1, (-1, 3, self.mixtures)).unbind(2)
+        # Below e^-8 all is in one byte already; above e^8 all is in the tails.
+        return weight.log_softmax(2), mean, log_s.clamp(-8, 8)
+
+    def nll(self, out, x):
+        """-log p(x|z) in nats: out (B, C * 3 * M, H, W), uint8 x (B, C, H, W) -> (B,)."""
+        weight, mean, log_s = self.mixture(out)
+        x, half = x.unsqueeze(2), 0.5 / 255                            # (B, C, 1, H, W)
+        middle, precision = to_unit(x) - mean, (-log_s).exp()
+        # A difference of sigmoids loses all its digits in the tails; but it is a product,
+        # sigmoid(a) - sigmoid(b) = sigmoid(a) sigmoid(-b) (1 - e^(b - a)), exact in logarithms.
+        # Byte 0 has b = -inf and is the first factor alone, byte 255 the second.
+        below, above = x > 0, x < 255
+        log_p = (above * F.logsigmoid((middle + half) * precision)
+                 + below * F.logsigmoid((half - middle) * precision)
+                 + (above & below) * (-torch.expm1(-2 * half * precision)).log())
+        return -(weight + log_p).logsumexp(2).flatten(1).sum(1)
+
+    def image(self, out):
+        """The mean of p(x|z) as uint8 (B, C, H, W)."""
+        weight, mean, log_s = self.mixture(out)
+        # The mean of a logistic with its tails cut off at +-1/2 is -1/2 plus the integral, from
+        # -1/2 to 1/2, of P(X > t) = sigmoid((m - t) / s), which is s softplus((m - t) / s).
+        s, mean = log_s.exp(), mean.clamp(-1e3, 1e3)
+        mean = s * (F.softplus((mean + 0.5) / s) - F.softplus((mean - 0.5) / s))
+        return ((weight.exp() * mean).sum(2) * 255).round().clamp(0, 255).to(torch.uint8)
 
 
 def to_unit(x):
@@ -497,9 +610,9 @@ def bits_per_dim(model, images, batch=32):
 
     Returns {"bits_per_dim", "rate", "distortion"}; eval mode. VAE and VIMCO draw z: seed torch.
     """
-    if not isinstance(model.likelihood, Categorical):
-        raise ValueError("bits per dimension need p(x|z) over bytes, likelihood Categorical(): "
-                         "the density of a Gaussian is no probability, and may exceed 1")
+    if isinstance(model.likelihood, Gaussian):
+        raise ValueError("bits per dimension need p(x|z) over bytes, Categorical() or Logistics(): "
+                         "the density of a Gaussian is not a probability, and may exceed 1")
     nll = rate = 0.0
     for x in images.split(batch):                      # the last, smaller batch included
         y = model(x)
@@ -509,7 +622,7 @@ def bits_per_dim(model, images, batch=32):
 
 
 @torch.no_grad()
-def map_gap(model, x, nearest=1, batch=64):
+def likelihood_gap(model, x, nearest=1, batch=64):
     """How much -log p(x) is below -log p(x, z_q(x)), at least: in nats, for one image (C, H, W).
 
     Sec. 3.2 keeps one term of log sum_z p(x|z) p(z), for "the decoder should not allocate any
@@ -585,17 +698,20 @@ class VIMCO(nn.Module):
         num_codes, num_codebooks, code_dim: K, G, D as in the quantiser. The encoder outputs the
             logits of q(z|x) for every latent, the decoder gets a learned vector for every code.
         samples: S of the bound, at least 2; "we use 50 samples". The decoder runs S times.
+        chunk: how many of them it keeps in memory. With more samples than that it runs twice,
+            chunk by chunk: without gradient for all p(x|z_s), and again in the backward pass.
         prior: "independent Gaussian or categorical priors": "uniform" or "learned" over the K
             codes, or "gaussian", where z is G numbers at a position and p(z) = N(0, 1).
     """
 
     def __init__(self, likelihood, num_codes=512, num_codebooks=10, code_dim=32, samples=50,
-                 prior="uniform", channels=3, hidden=256, res_hidden=256, strides=(2, 2)):
+                 prior="uniform", channels=3, hidden=256, res_hidden=256, strides=(2, 2), chunk=10):
         super().__init__()
         if samples < 2:
             raise ValueError(f"samples {samples}: each is judged by the others, so at least 2")
         G, K, D = num_codebooks, num_codes, code_dim
         self.num_codes, self.num_codebooks, self.samples, self.prior = K, G, samples, prior
+        self.chunk = chunk
         K, D = (2, 1) if prior == "gaussian" else (K, D)               # mean and log variance
         self.encoder = Encoder(channels, hidden, res_hidden, G * K, strides)
         self.decoder = Decoder(G * D, hidden, res_hidden, channels * likelihood.outputs, strides)
@@ -636,8 +752,11 @@ class VIMCO(nn.Module):
 
     def forward(self, x):
         z, log_q, log_p = self.draw(x)
-        out = self.decoder(self.embed(z.flatten(0, 1)))                # (S * B, ...)
-        nll = self.likelihood.nll(out, x.repeat(self.samples, 1, 1, 1)).view_as(log_q)
+        decode = self.decode_chunk
+        if self.samples > self.chunk:  # keeps z and nll only; decodes again for the gradient
+            decode = partial(checkpoint, decode, use_reentrant=False, preserve_rng_state=False)
+        out, nll = zip(*(decode(part, x) for part in z.split(self.chunk)))
+        nll = torch.cat(nll)                                           # (S, B)
         log_f = log_p - nll - log_q                                    # (S, B)
         bound, surrogate = vimco(log_f, log_q)
         # L pays for this code: draw S, keep one with probability w_s = f_s / sum f. What the one
@@ -645,7 +764,14 @@ class VIMCO(nn.Module):
         distortion = (log_f.softmax(0) * nll).sum(0).detach()
         codes = None if self.prior == "gaussian" else z[0]
         return Output(-surrogate.mean() / x[0].numel(), distortion, -bound.detach() - distortion,
-                      out[:len(x)], codes)
+                      out[0], codes)
+
+    def decode_chunk(self, z, x):
+        """z (s, B, G, h, w) -> the decoder's output for the first of these samples, and
+        -log p(x|z) of all of them, (s, B)."""
+        out = self.decoder(self.embed(z.flatten(0, 1)))                # (s * B, ...)
+        nll = self.likelihood.nll(out, x.repeat(len(z), 1, 1, 1)).view(z.shape[:2])
+        return out[:len(x)].detach().clone(), nll  # a view would keep all of it alive
 
     @torch.no_grad()
     def reconstruct(self, x):
@@ -1012,13 +1138,15 @@ class Run:
         """
         steps = 1 if self.rehearsing else steps
         batch_size = min(batch_size, len(data)) if self.rehearsing else batch_size
-        check_batch(len(data), batch_size, f"stage {stage}")
+        check_batch(len(data), batch_size, f"stage {stage}", "--batch-size or --prior-batch-size")
         if not self.rehearsing:
             if batch_size % self.world:
                 stop(f"--batch-size {batch_size} does not divide among {self.world} processes")
             self.make_folder()
         model.to(self.device).train()
         optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+        for quantizer in (m for m in model.modules() if isinstance(m, VectorQuantizer)):
+            quantizer.reset_moments(optimizer)
         state = self.restore(stage, model, optimizer, steps)
         net = model
         if self.world > 1 and state["step"] < steps and not self.rehearsing:
@@ -1305,7 +1433,7 @@ def read_checkpoint(file):
         kinds = ({"script": str, "args": dict, "facts": dict} if file.name == "checkpoint.pt" else
                  {"step": int, "steps": int, "rows": list, "sums": dict, "model": dict,
                   "optimizer": dict, "best": (dict, type(None)), "seconds": float})
-        if all(isinstance(state[name], kind) for name, kind in kinds.items()):
+        if type(state) is dict and all(isinstance(state[k], kinds[k]) for k in kinds):
             return state
     except FileNotFoundError:
         raise ValueError(f"there is no {file}") from None
@@ -1432,11 +1560,9 @@ def make_quantizer(args, num_codebooks=1):
     return Quantizer(args.num_codes, args.code_dim, args.beta, num_codebooks=num_codebooks)
 
 
-def check_batch(examples, batch_size, what, flag="--batch-size"):
+def check_batch(examples, batch_size, what, flag):
     if examples < batch_size:
-        stop(f"{what}: {examples} training examples are fewer than a batch of {batch_size} "
-             f"({flag}" + (", or --prior-batch-size where there is one)" if flag == "--batch-size"
-                           else ")"))
+        stop(f"{what}: {examples} training examples are fewer than a batch of {batch_size} ({flag})")
 
 
 def plain(text, most=40):

@@ -21,8 +21,8 @@ import train_image
 from prior import PixelCNN
 from test_run import stopped
 from train_image import bits_per_code, encode_all, fitted_prior, load_cifar10, measure
-from vqvae import (VAE, VIMCO, VQVAE, Categorical, Gaussian, VectorQuantizer, VectorQuantizerEMA,
-                   bits_per_dim, gaussian_kl, map_gap, to_unit, vimco)
+from vqvae import (VAE, VIMCO, VQVAE, Categorical, Gaussian, Logistics, VectorQuantizer,
+                   VectorQuantizerEMA, bits_per_dim, gaussian_kl, likelihood_gap, to_unit, vimco)
 
 WIDTHS = dict(hidden=8, res_hidden=8)
 PRIORS = ["uniform", "learned", "gaussian"]
@@ -94,7 +94,7 @@ def test_categorical_nll_is_the_sum_over_all_colours_and_pixels(layout):
 
 def test_the_softmax_starts_as_a_bell_that_the_decoder_moves():
     likelihood, layer = Categorical(), torch.nn.ConvTranspose2d(5, 3 * 256, 4, 2, 1)
-    likelihood.start(layer)
+    likelihood.init_logits(layer)
     level = (np.arange(256) + 0.5) / 256
     bell = np.exp(-0.5 * ((level - 0.5) / 0.2) ** 2)
     p = likelihood.logits(layer(torch.zeros(1, 5, 2, 2))).softmax(-1)
@@ -125,6 +125,106 @@ def test_categorical_image_is_the_mean_of_p():
     for c, (low, high) in enumerate([(10, 20), (0, 255), (200, 202)]):
         out[0, [c * 256 + low, c * 256 + high]] = 0.0  # two intensities, equally likely
     assert Categorical().image(out).flatten().tolist() == [15, 128, 201]
+
+
+# -- a mixture of discretised logistics -----------------------------------------------------------
+
+
+ALL = torch.arange(256, dtype=torch.uint8).view(256, 1, 1, 1)          # an image for each byte
+
+
+def parameters(mixtures, seed=0):
+    """Decoder outputs (3 M) for one byte: ordinary ones, and extreme ones of every sort."""
+    generator = torch.Generator().manual_seed(seed)
+    for size in (0.3, 3, 30, 1e4, 1e10):
+        yield size * torch.randn(3 * mixtures, generator=generator)
+    for mean in (0.1, -40.0, 7e3):                     # inside, outside, far outside
+        for log_s in (-1e6, -7.9, -3.0, 5.0, 1e6):     # from a spike to a plain
+            out = torch.zeros(3, mixtures)
+            out[1], out[2] = mean, log_s
+            yield out.flatten()
+
+
+@pytest.mark.parametrize("mixtures", [1, 2, 5])
+def test_the_256_probabilities_of_logistics_sum_to_1(mixtures):
+    likelihood = Logistics(mixtures)
+    for out in parameters(mixtures):
+        nll = likelihood.nll(out.view(1, -1, 1, 1).expand(256, -1, -1, -1), ALL)
+        total = (-nll.double()).exp().sum().item()
+        assert nll.isfinite().all() and total == pytest.approx(1, abs=1e-5), (
+            f"{total} with {out.tolist()}: bytes 0 and 255 take the tails of the logistics")
+
+
+@pytest.mark.parametrize("mixtures", [1, 3])
+def test_logistics_are_differences_of_the_cdf(mixtures):
+    for seed in range(20):
+        out = torch.randn(3, mixtures, generator=torch.Generator().manual_seed(seed)).double()
+        weight, mean, s = out[0].softmax(0).numpy(), out[1].numpy(), out[2].exp().numpy()
+        edges = (np.arange(257)[:, None] - 0.5) / 255 - 0.5            # between the bytes
+        with np.errstate(over="ignore"):
+            cdf = (weight / (1 + np.exp(-(edges - mean) / s))).sum(1)
+        cdf[0], cdf[-1] = 0, 1
+        expected = -np.log(np.diff(cdf))
+        got = Logistics(mixtures).nll(out.float().view(1, -1, 1, 1).expand(256, -1, -1, -1), ALL)
+        assert got.numpy() == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("mixtures", [1, 3])
+def test_gradients_of_logistics_are_finite_everywhere(mixtures):
+    for out in parameters(mixtures):
+        out = out.view(1, -1, 1, 1).expand(256, -1, -1, -1).clone().requires_grad_()
+        Logistics(mixtures).nll(out, ALL).sum().backward()
+        assert out.grad.isfinite().all(), f"a gradient at {out[0].flatten().tolist()} is not finite"
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_logistics_are_those_of_their_own_pixel_and_colour(layout):
+    x, out = every_intensity(), torch.randn(2, 3 * 6, 16, 16)
+    whole = Logistics(2).nll(out.contiguous(memory_format=layout), x)
+    one = sum(Logistics(2).nll(out[:, 6 * c:6 * c + 6, i:i + 1, j:j + 1],
+                               x[:, c:c + 1, i:i + 1, j:j + 1])
+              for c in range(3) for i in range(16) for j in range(16))
+    assert torch.allclose(whole, one, rtol=1e-5), "a sum over all colours of all pixels"
+
+
+@pytest.mark.parametrize("mixtures", [1, 3])
+def test_logistics_image_is_the_mean_of_p(mixtures):
+    for seed in range(40):
+        out = torch.randn(3 * mixtures, generator=torch.Generator().manual_seed(seed))
+        out[2 * mixtures:] -= 2
+        out = out.view(1, -1, 1, 1)
+        p = (-Logistics(mixtures).nll(out.expand(256, -1, -1, -1), ALL)).exp()
+        mean = (p * torch.arange(256)).sum().item()
+        assert abs(Logistics(mixtures).image(out).item() - mean) < 0.6
+
+
+def test_logistics_under_bf16_are_those_of_the_rounded_outputs():
+    out, x = torch.randn(2, 3 * 6, 16, 16).bfloat16(), every_intensity()
+    with torch.autocast("cpu", torch.bfloat16):
+        nll = Logistics(2).nll(out, x)
+    assert nll.dtype == torch.float32
+    assert torch.equal(nll, Logistics(2).nll(out.float(), x)), "only the outputs may be rounded"
+
+
+@pytest.mark.parametrize("mixtures", [1, 2, 5])
+def test_logistics_start_as_a_density_as_wide_as_images(mixtures):
+    likelihood = Logistics(mixtures)
+    layer = torch.nn.ConvTranspose2d(5, 3 * likelihood.outputs, 4, 2, 1)
+    likelihood.init_logits(layer)
+    out = layer(torch.zeros(1, 5, 2, 2))[:, :likelihood.outputs, :1, :1].detach()
+    nats = likelihood.nll(out.expand(256, -1, -1, -1), ALL)
+    assert nats.max() < math.log(256) + 2, "no intensity comes as a surprise"
+    assert likelihood.image(out).item() in (127, 128)
+    assert nats.mean() / math.log(2) < 8.5, "noise costs about 8 bits a byte, not many more"
+
+
+def test_logistics_as_a_model_of_noise_cost_about_8_bits():
+    model = VAE(Logistics(5), latents=3, **WIDTHS).eval()
+    silence(model.decoder[-1]), silence(model.encoder[-1])
+    model.likelihood.init_logits(model.decoder[-1])
+    got = bits_per_dim(model, torch.randint(256, (20, 3, 8, 12), dtype=torch.uint8))
+    assert 8 < got["bits_per_dim"] < 8.3, (
+        "noise has 8 bits a byte: less is not possible, and a wide density does not need many more")
 
 
 # -- bits per dimension ---------------------------------------------------------------------------
@@ -207,35 +307,35 @@ def test_bits_per_dim_bounds_the_exact_sum_over_z():
 
 
 @pytest.mark.parametrize("kind", [VectorQuantizer, VectorQuantizerEMA])
-def test_map_gap_is_exact_when_there_is_one_latent(kind):
+def test_likelihood_gap_is_exact_when_there_is_one_latent(kind):
     model = vq(K=5, kind=kind)
     for x in images(3, 4, 4):
         codes, log_joint = every_z(model, x)
         z_q = (codes == model.encode(x[None])).flatten(1).all(1)
         gap = log_joint.logsumexp(0) - log_joint[z_q].squeeze()
-        assert map_gap(model, x, nearest=4).item() == pytest.approx(gap.item(), abs=1e-4)
+        assert likelihood_gap(model, x, nearest=4).item() == pytest.approx(gap.item(), abs=1e-4)
 
 
 @pytest.mark.parametrize("G", [1, 3])
-def test_map_gap_sums_what_differs_from_z_q_in_one_latent(G):
+def test_likelihood_gap_sums_what_differs_from_z_q_in_one_latent(G):
     model, x = vq(K=3, G=G), images(1, 4, 8)[0]        # 1 x 2 positions
     codes, log_joint = every_z(model, x)
     changed = (codes != model.encode(x[None])).flatten(1).sum(1)
     base = log_joint[changed == 0].squeeze()
     expected = (log_joint[changed <= 1].logsumexp(0) - base).item()
-    assert map_gap(model, x, nearest=2, batch=3).item() == pytest.approx(expected, abs=1e-4)
-    few = map_gap(model, x, nearest=1).item()
+    assert likelihood_gap(model, x, nearest=2, batch=3).item() == pytest.approx(expected, abs=1e-4)
+    few = likelihood_gap(model, x, nearest=1).item()
     assert 0 < few < expected < (log_joint.logsumexp(0) - base).item(), (
         "fewer neighbours add less, and none adds more than the whole sum over z")
 
 
-def test_map_gap_takes_the_codes_next_in_distance():
+def test_likelihood_gap_takes_the_codes_next_in_distance():
     model, x = vq(K=6), images(1, 4, 4)[0]
     codes, log_joint = every_z(model, x)
     z_e = model.encoder(to_unit(x[None])).flatten()
     order = (model.quantizer.codebook - z_e).square().sum(1).argsort()
     expected = log_joint[order[:3]].logsumexp(0) - log_joint[order[0]]
-    assert map_gap(model, x, nearest=2).item() == pytest.approx(expected.item(), abs=1e-4)
+    assert likelihood_gap(model, x, nearest=2).item() == pytest.approx(expected.item(), abs=1e-4)
 
 
 # -- the continuous VAE ---------------------------------------------------------------------------
@@ -447,6 +547,40 @@ def test_vimco_with_gaussian_z_scores_its_samples_and_does_not_reparametrise():
 
 
 @pytest.mark.parametrize("prior", PRIORS)
+def test_vimco_in_chunks_equals_the_whole_at_once(prior):
+    model, results = draws(samples=7, prior=prior), []
+    for chunk in (7, 3, 1):                            # 7; 3 + 3 + 1; one by one
+        model.chunk = chunk
+        model.zero_grad()
+        torch.manual_seed(0)
+        y = model(images(3))
+        y.loss.backward()
+        grad = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        results.append({"loss": y.loss, "nll": y.nll, "rate": y.rate, "out": y.out, **grad})
+    for other in results[1:]:
+        assert results[0].keys() == other.keys()
+        for name, value in results[0].items():
+            small = 1e-5 * value.abs().max().item()
+            assert torch.allclose(value, other[name], rtol=1e-4, atol=small), (
+                f"{name}: in chunks all is the same to rounding")
+
+
+def test_vimco_holds_one_chunk_at_a_time():
+    model, x = draws(samples=12), images(2)
+    model.chunk = 3
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda a: sizes.append(a) or a, lambda a: a):
+        model(x).loss                                  # what forward keeps for backward
+    kept = sum({a.data_ptr(): a.untyped_storage().nbytes() for a in sizes}.values())
+    sizes.clear()
+    model.chunk = 12
+    with torch.autograd.graph.saved_tensors_hooks(lambda a: sizes.append(a) or a, lambda a: a):
+        model(x).loss
+    whole = sum({a.data_ptr(): a.untyped_storage().nbytes() for a in sizes}.values())
+    assert kept < whole / 5, f"{kept} bytes are kept for backward; {whole} without chunks"
+
+
+@pytest.mark.parametrize("prior", PRIORS)
 def test_vimco_trains_all_it_has(prior):
     model = draws(prior=prior)
     y = model(images())
@@ -552,8 +686,8 @@ def test_measure_reports_the_bits_of_the_whole_set():
         assert got.items() >= bits_per_dim(model, x).items()
         error = (model.reconstruct(x).double() - x.double()).square().mean().item()
         assert got["mse"] == pytest.approx(error)
-        assert ("map_gap_bits_per_dim" in got) == (kind == "vqvae")
-        assert got.get("map_gap_bits_per_dim", 0) >= 0
+        assert ("likelihood_gap_bits_per_dim" in got) == (kind == "vqvae")
+        assert got.get("likelihood_gap_bits_per_dim", 0) >= 0
 
 
 # -- CIFAR-10 -------------------------------------------------------------------------------------
@@ -711,13 +845,13 @@ def test_metrics_are_what_the_trained_model_scores(folder, kind):
         (model.reconstruct(test).double() - test.double()).square().mean().item(), rel=1e-2)
 
 
-def test_vqvae_has_bits_under_both_priors_and_the_map_gap(folder):
+def test_vqvae_has_bits_under_both_priors_and_the_likelihood_gap(folder):
     metrics = json.loads((folder / "vqvae" / "metrics.json").read_text())
     assert metrics["rate"] == pytest.approx(64 * 3 * 3 / 3072)
     fitted = (metrics["prior_bits_per_code"] * 192 + math.log2(10)) / 3072
     assert metrics["rate_fitted_prior"] == pytest.approx(fitted)
     assert metrics["bits_per_dim_fitted_prior"] == pytest.approx(fitted + metrics["distortion"])
-    assert metrics["map_gap_bits_per_dim"] >= 0
+    assert metrics["likelihood_gap_bits_per_dim"] >= 0
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -8,7 +8,9 @@ import time
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch.multiprocessing import spawn
 
 from vqvae import VectorQuantizer, VectorQuantizerEMA, count_codes, perplexity
 
@@ -239,7 +241,7 @@ def test_ema_matches_eqs_6_to_8_by_hand(G, device):
 
 
 def test_codes_that_nobody_hits_stay_where_they_are():
-    vq = quantizer(VectorQuantizerEMA, K=6, gamma=0.5).float()
+    vq = quantizer(VectorQuantizerEMA, K=6, gamma=0.5, restart_after=0).float()
     vq.codebook[3:] += 100                             # out of reach
     vq.ema_sum.copy_(vq.codebook)
     before = vq.codebook.clone()
@@ -267,14 +269,16 @@ def test_ema_codebook_is_no_parameter():
 
 @BOTH
 def test_eval_mode_changes_nothing(kind):
-    for vq in (quantizer(kind).eval(), kind(7, 3).double().eval()):  # and a codebook not seeded yet
-        before = {k: v.clone() for k, v in vq.state_dict().items() if torch.is_tensor(v)}
-        seeded = vq.seeded
-        vq(latents((4, 4)))
+    for vq in (quantizer(kind).eval(), kind(7, 3).double().eval()):    # the second: no batch yet
+        before = {k: v.clone() for k, v in vq.state_dict().items()}
+        assert "initialized" in before
+        for _ in range(200):                           # and long enough for a code to be dead
+            vq(latents((4, 4)))
         after = vq.state_dict()
         changed = [k for k, v in before.items() if not torch.equal(v, after[k])]
-        assert not changed, f"in eval mode the quantiser changed its {changed}"
-        assert vq.seeded == seeded, "a codebook must be seeded by training batches only"
+        assert not changed, (
+            f"in eval mode the quantiser changed its {changed}: only training batches may initialise "
+            "a codebook, move a code or count as use")
 
 
 # -- where the codebook starts ------------------------------------------------------------------
@@ -282,7 +286,7 @@ def test_eval_mode_changes_nothing(kind):
 
 @BOTH
 @CODEBOOKS
-def test_codebook_is_seeded_from_first_batch(kind, G):
+def test_codebook_is_initialised_from_the_first_batch(kind, G):
     vq = kind(8, 3, num_codebooks=G, gamma=1.0) if kind is VectorQuantizerEMA else kind(
         8, 3, num_codebooks=G)
     z_e = torch.randn(2, 3 * G, 5, 5)
@@ -300,20 +304,20 @@ def test_rare_vectors_get_a_code_too():
     vq(torch.cat([wall, edges]).t().unsqueeze(0))      # (1, 3, 999)
     far = torch.cdist(edges, vq.codebook.detach()).amin(1)
     assert far.max() < 1e-4, (
-        "seed as k-means++ does: by evenly drawn vectors nearly all codes would start on the wall "
+        "initialise as k-means++ does: of uniform picks nearly all would lie on the wall "
         "that fills most of the picture, and stay unused")
 
 
-def test_codebook_is_seeded_once():
+def test_codebook_is_initialised_once():
     vq = VectorQuantizer(8, 3)
     vq(torch.randn(2, 3, 5, 5))
     before = vq.codebook.detach().clone()
     vq(10 + torch.randn(2, 3, 5, 5))
-    assert torch.equal(vq.codebook, before), "the second batch seeded the codebook again"
+    assert torch.equal(vq.codebook, before), "the second batch initialised the codebook again"
 
 
 @BOTH
-def test_codebook_is_not_seeded_again_after_load(kind):
+def test_codebook_is_not_initialised_again_after_load(kind):
     trained, file = kind(8, 3), io.BytesIO()
     trained(torch.randn(2, 3, 5, 5))
     torch.save(trained.state_dict(), file)
@@ -323,8 +327,8 @@ def test_codebook_is_not_seeded_again_after_load(kind):
     far = 10 + torch.randn(2, 3, 5, 5)
     loaded(far), trained(far)
     assert torch.equal(loaded.codebook, trained.codebook), (
-        "'already seeded' must be in the state dict: this codebook was seeded again after it was "
-        "loaded, and what it had learnt is lost")
+        "`initialized` must be in the state dict: this codebook was initialised again after it was "
+        "loaded, and what it had learned is lost")
 
 
 @pytest.mark.parametrize("N", [1, 5])
@@ -338,13 +342,14 @@ def test_fewer_vectors_than_codes_still_give_different_codes(N):
 
 
 @BOTH
-def test_seeding_leaves_the_random_numbers_of_others_alone(kind):
+def test_initialisation_leaves_the_random_numbers_of_others_alone(kind):
     before = torch.get_rng_state()
     z_e, vq = torch.zeros(2, 3, 5, 5), kind(8, 3)
     torch.set_rng_state(before)
     vq(z_e)
     assert torch.equal(torch.get_rng_state(), before), (
-        "seeding must draw from a generator of its own, so that all processes pick the same rows")
+        "init_codebook must draw from a generator of its own, so that all processes pick the same "
+        "rows")
 
 
 @BOTH
@@ -353,7 +358,7 @@ def test_plain_start_is_uniform_and_ignores_the_first_batch(kind):
     start = vq.codebook.detach().clone()
     assert start.abs().max() <= 1 / 50 and start.abs().max() > 0.8 / 50
     vq(100 + torch.randn(2, 3, 5, 5))
-    assert (vq.codebook == start).all(1).sum() >= 40, "data_init=False must not seed the codebook"
+    assert (vq.codebook == start).all(1).sum() >= 40, "data_init=False: no initialisation"
 
 
 @BOTH
@@ -368,9 +373,158 @@ def test_state_dict_round_trip(kind):
     for a, b in zip(one(z_e), two(z_e)):               # in training mode: the statistics count too
         assert torch.equal(a, b)
     for name, value in one.state_dict().items():
-        same = torch.equal(value, two.state_dict()[name]) if torch.is_tensor(value) else (
-            value == two.state_dict()[name])
-        assert same, f"{name} differs after one more batch: it did not come through the state dict"
+        assert torch.is_tensor(value), f"{name}: safetensors and averages of weights want tensors"
+        assert torch.equal(value, two.state_dict()[name]), f"{name} differs after one more batch: it did not come through the state dict"
+
+
+# -- dead codes ---------------------------------------------------------------------------------
+
+
+def with_dead_codes(kind, K=8, D=3, G=1, dead=(5, 6), restart_after=3):
+    """A quantiser with some codes out of reach, and batches (B=2, 4 x 4) for it: 32 latents, which
+    are 4 K, more than restart_after * K."""
+    vq = quantizer(kind, K, D, G, restart_after=restart_after)
+    with torch.no_grad():
+        vq.codebook[list(dead)] += 1000
+        if kind is VectorQuantizerEMA:
+            vq.ema_sum.copy_(vq.codebook)
+    return vq, latents((4, 4), D, G)
+
+
+@BOTH
+@CODEBOOKS
+def test_dead_codes_move_to_latents_of_the_batch(kind, G):
+    dead = [5, 6] if G == 1 else [1, 9, 10, 23]        # in the first, the second and the third
+    vq, z_e = with_dead_codes(kind, G=G, dead=dead, restart_after=4)
+    vq(z_e)
+    z = torch.from_numpy(vectors(z_e, G))              # (G, N, D)
+    for row in dead:
+        distance = (z[row // 8] - vq.codebook[row]).abs().amax(1)
+        assert distance.min() == 0, f"row {row} is dead: it moves to a vector of its own slice"
+    assert len(vq.codebook.detach().unique(dim=0)) == 8 * G, "two codes at one place would tie"
+    codes = vq.eval()(z_e).codes
+    used = count_codes(codes, 8, G)
+    assert (used[dead] > 0).all(), "the latent that a code was moved to chooses it"
+
+
+@BOTH
+def test_a_code_is_dead_after_restart_after_times_k_latents_without_it(kind):
+    vq, z_e = with_dead_codes(kind, restart_after=10)  # 80 latents: in the third batch of 32
+    moved = []
+    for _ in range(4):
+        vq(z_e)
+        moved.append(bool((vq.codebook[5:7] < 500).all()))
+    assert moved == [False, False, True, True]
+
+
+@BOTH
+def test_a_code_in_use_is_never_moved(kind):
+    vq, z_e = with_dead_codes(kind, dead=(), restart_after=1)
+    with torch.no_grad():
+        z = vq.to_vectors(z_e)[0]
+        vq.codebook.copy_(z[:8])                       # each chosen at least once, in every batch
+    before = vq.codebook.detach().clone()
+    for _ in range(20):
+        vq(z_e)
+        if kind is VectorQuantizerEMA:
+            vq.codebook.copy_(before)                  # where eq. 8 would take them is another test
+    assert torch.equal(vq.codebook, before) and not vq.unused.any()
+
+
+@BOTH
+def test_restart_after_0_is_the_papers_rule(kind):
+    vq, z_e = with_dead_codes(kind, restart_after=0)
+    far = vq.codebook[5:7].clone()
+    for _ in range(100):
+        vq(z_e)
+    assert torch.equal(vq.codebook[5:7], far), "restart_after=0: dead codes stay where they are"
+
+
+def test_more_dead_codes_than_latents_move_to_different_vectors():
+    vq = quantizer(VectorQuantizer, K=50, restart_after=1)
+    with torch.no_grad():
+        vq.codebook.copy_(1000 + torch.arange(50.0)[:, None])
+    for _ in range(12):
+        vq(latents((3, 2)))                            # 12 latents for 50 codes
+    assert (vq.codebook < 500).all(), "those that found no vector move at the next batch"
+    assert len(vq.codebook.detach().unique(dim=0)) == 50, "two codes at one place would tie"
+
+
+def test_moved_ema_codes_start_with_a_count_of_1_at_their_new_place():
+    vq, z_e = with_dead_codes(VectorQuantizerEMA, restart_after=4)
+    vq(z_e)
+    assert vq.ema_count[5:7].tolist() == [1, 1] and torch.equal(vq.ema_sum[5:7], vq.codebook[5:7]), (
+        "N_i and m_i of a moved code belong to its new place: otherwise eq. 8 takes it back")
+
+
+@BOTH
+def test_restarts_draw_no_random_numbers(kind):
+    vq, z_e = with_dead_codes(kind)
+    before = torch.get_rng_state()
+    vq(z_e)
+    assert (vq.codebook < 500).all() and torch.equal(torch.get_rng_state(), before)
+
+
+def test_adams_moments_of_moved_codes_are_reset():
+    vq, z_e = with_dead_codes(VectorQuantizer, restart_after=10)
+    adam = torch.optim.Adam(vq.parameters(), lr=0.0)
+    vq.reset_moments(adam)
+
+    def step():
+        adam.zero_grad()
+        (vq(z_e).loss + vq.codebook.sum()).backward()  # a gradient for every code, the dead too
+        adam.step()
+        return [adam.state[vq.codebook][name] for name in ("exp_avg", "exp_avg_sq")]
+
+    step(), step()
+    m, v = step()                                      # the third batch: codes 5 and 6 are moved
+    assert m[5:7] == pytest.approx(0.1) and v[5:7] == pytest.approx(0.001), (
+        "what Adam remembers of a moved code's gradients belongs to the place it has left")
+    others = [k for k in range(8) if k not in (5, 6)]
+    assert (v[others].abs() > 0.0011).any(), "the moments of the others stay"
+    m, v = step()
+    assert (m[5:7].abs() > 0.1001).all(), "reset once, when it is moved, not at every step"
+
+
+@BOTH
+def test_stopped_and_resumed_restarts_equal_uninterrupted(kind):
+    def train(vq, first, last):
+        for step in range(first, last):
+            torch.manual_seed(step)
+            vq(torch.randn(1, 3, 2, 4) + step / 5)     # drifts: leaves its codes behind
+        return vq
+
+    whole = train(kind(16, 3, restart_after=4), 0, 60)
+    half, file = train(kind(16, 3, restart_after=4), 0, 33), io.BytesIO()
+    torch.save(half.state_dict(), file)
+    file.seek(0)
+    rest = kind(16, 3, restart_after=4)
+    rest.load_state_dict(torch.load(file, weights_only=True))
+    rest = train(rest, 33, 60).state_dict()
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, rest[name]), f"{name}: how long a code is unused must be saved"
+
+
+def share_of_a_process(rank, folder, kind):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    vq, z_e = with_dead_codes(kind, G=2, dead=(1, 5, 9, 10, 15), restart_after=4)
+    vq(z_e[rank:rank + 1])                               # each process: one of the two examples
+    torch.save(vq.state_dict(), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@BOTH
+def test_two_processes_move_the_same_codes_to_the_same_vectors_as_one(kind, tmp_path):
+    spawn(share_of_a_process, (str(tmp_path), kind), nprocs=2)
+    torch.manual_seed(0)
+    vq, z_e = with_dead_codes(kind, G=2, dead=(1, 5, 9, 10, 15), restart_after=4)
+    vq(z_e)
+    for rank in range(2):
+        for name, value in torch.load(tmp_path / f"{rank}.pt").items():
+            assert torch.allclose(value, vq.state_dict()[name]), (
+                f"{name} in process {rank}: use counts over all processes, and all must move the "
+                "same codes to the same vectors of the joint batch")
 
 
 # -- precision ----------------------------------------------------------------------------------
@@ -457,7 +611,7 @@ def test_quantizer_takes_at_most_0_4_of_the_time_of_a_one_hot_version(kind):
     N, D, K = 32768, 64, 512
     vq = kind(K, D)
     z_e = torch.randn(N // 1024, D, 32, 32, requires_grad=True)
-    vq(z_e)                                            # seed
+    vq(z_e)                                            # initialise
     codebook = vq.codebook.detach().clone()
     if kind is VectorQuantizer:
         def textbook(z_e, codebook=codebook.requires_grad_()):

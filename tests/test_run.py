@@ -1,33 +1,46 @@
-"""Section 5 of vqvae.py: training loop, checkpoints, resume, several processes, bad flags."""
+"""Section 7 of vqvae.py: data path, training loop, checkpoints, resume, rehearsal, bad flags."""
 
 import csv
 import io
 import json
+import math
 import os
 import pickle
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.data import TensorDataset
 
 from conftest import ROOT
-from vqvae import (Decoder, Encoder, Parser, Run, VectorQuantizer, VectorQuantizerEMA, schedule)
+from vqvae import (Decoder, Encoder, Parser, Run, VectorQuantizer, VectorQuantizerEMA, batches,
+                   launch, prepare, read_run, reading, schedule, smallest_int)
 
 PRESETS = {"demo": dict(steps=6, prior_steps=6, batch_size=4, lr=0.01)}
 X = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
+INDEX = TensorDataset(torch.arange(20))                # a data set whose batches are their indices
 
 
 @pytest.fixture
 def make_run(monkeypatch, tmp_path):
-    def make(*flags, out=tmp_path / "out"):
+    made = []
+
+    def make(*flags, out=tmp_path / "out", alone=True):
+        for run in made * alone:                       # one process stands in for several
+            if getattr(run, "lock", None):
+                os.close(run.lock)
+                run.lock = None
         monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(out), "--device", "cpu", *flags])
-        return Run(Parser("test", PRESETS))
+        made.append(Run(Parser("test", PRESETS)))
+        return made[-1]
     return make
 
 
@@ -41,12 +54,13 @@ def train(run, model, at=lambda step: None, steps=None, stage="one"):
     seen = []
 
     def loss(net, index):
-        seen.append(index)
-        at(len(seen))
+        if net.training:                               # once more before a checkpoint, to confirm
+            seen.append(index)
+            at(len(seen))
         return net(X[index]).square().mean(), {}
 
     args = run.args
-    run.fit(stage, model, loss, len(X), steps or args.steps, args.batch_size, args.lr)
+    run.fit(stage, model, loss, INDEX, steps or args.steps, args.batch_size, args.lr)
     return seen
 
 
@@ -65,8 +79,8 @@ def interrupt(signal_number=signal.SIGINT, at=3):
     return lambda step: os.kill(os.getpid(), signal_number) if step == at else None
 
 
-def checkpoint(run):
-    return torch.load(run.out / "checkpoint.pt", weights_only=True)
+def checkpoint(run, stage="one"):
+    return torch.load(run.out / f"checkpoint-{stage}.pt", weights_only=True)
 
 
 def same(a, b):
@@ -128,11 +142,11 @@ def test_log_averages_scalars_and_counts_what_was_used(make_run):
     run, step = make_run(), iter(range(400))
 
     def loss(net, index):
-        n = next(step)
+        n = next(step, 0)
         used = 3 * F.one_hot(torch.tensor(n % 2), 5)
         return net(X[index]).sum(), {"number": torch.tensor(float(n)), "used": used}
 
-    run.fit("one", nn.Linear(3, 1), loss, len(X), 400, 4, 0.01)        # a line every 2 steps
+    run.fit("one", nn.Linear(3, 1), loss, INDEX, 400, 4, 0.01)         # a line every 2 steps
     with open(run.out / "log.csv") as f:
         rows = list(csv.DictReader(f))
     assert [int(r["step"]) for r in rows] == list(range(2, 401, 2))
@@ -141,22 +155,58 @@ def test_log_averages_scalars_and_counts_what_was_used(make_run):
     assert {r["used"] for r in rows} == {"2"}, "two of the five were used since the line before"
 
 
-def test_evaluation_runs_in_eval_mode_and_lands_in_the_log(make_run):
-    run, model = make_run(), network()
-    modes = []
+def test_validation_runs_in_eval_mode_and_lands_in_the_log(make_run):
+    run, model, modes = make_run(), network(), []
 
-    def evaluate():
-        modes.append(model.training)
-        return {"score": 5.0}
+    def loss(net, index):
+        modes.append(net.training)
+        return net(X[index]).square().mean(), {"train": torch.tensor(float(net.training))}
 
-    run.fit("one", model, lambda net, index: (net(X[index]).sum(), {"train": torch.tensor(
-        float(net.training))}), len(X), 25, 4, 0.01, evaluate)         # after 10, 20, 25
-    assert modes == [False, False, False], "evaluate in eval mode, some times on the way"
+    held_out = TensorDataset(torch.arange(10, 20))
+    run.fit("one", model, loss, INDEX, 25, 4, 0.01, held_out)          # after 10, 20, 25
+    assert modes.count(False) == 3 * 3 + 1, "ten examples by fours, three times; once to confirm"
     with open(run.out / "log.csv") as f:
         rows = list(csv.DictReader(f))
-    assert rows[-1]["score"] == "5.0", "the last step must be evaluated"
-    assert {r["train"] for r in rows} == {"1.0"}, "training must go on in training mode"
+    assert [r["step"] for r in rows if r["valid_loss"]] == ["10", "20", "25"]
+    assert {r["train"] for r in rows} == {"1.0"}, "training must continue in training mode"
+    assert rows[-1]["valid_train"] == "0.0"
     assert not model.training, "a fitted model is handed back in eval mode"
+
+
+def test_validation_loss_is_the_mean_over_its_examples(make_run):
+    run, model = make_run("--keep", "last"), nn.Linear(3, 1)
+    x = TensorDataset(X[:7])                           # batches of 4 and 3
+    run.fit("one", model, lambda net, x: (net(x).square().mean(), {}), TensorDataset(X), 6, 4, 0.01,
+            x)
+    with torch.no_grad():
+        assert run.rows["one"][-1]["valid_loss"] == pytest.approx(
+            model(X[:7]).square().mean().item(), rel=1e-5), "the smaller last batch counts less"
+
+
+@pytest.mark.parametrize("keep", ["best", "last"])
+def test_the_weights_that_were_best_in_validation_are_kept(make_run, keep):
+    run, model = make_run("--keep", keep, "--lr", "0.1"), nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    # Training drives the weight up for ever; validation wants it at 2.
+    run.fit("one", model, lambda net, x: (
+        -net.weight.sum() if net.training else (net.weight - 2).square().sum(), {}),
+        TensorDataset(torch.zeros(8, 1)), 60, 4, 0.1, TensorDataset(torch.zeros(4, 1)))
+    losses = [r["valid_loss"] for r in run.rows["one"] if "valid_loss" in r]
+    assert losses.index(min(losses)) < len(losses) - 1, "the test needs a best in the middle"
+    kept = (model.weight - 2).square().item()
+    assert kept == pytest.approx(min(losses) if keep == "best" else losses[-1], abs=1e-5)
+
+
+def test_a_resumed_run_still_knows_what_was_best(make_run):
+    def fit(run, model):
+        return run.fit("one", model, lambda net, x: (
+            -net.weight.sum() if net.training else (net.weight - 2).square().sum(), {}),
+            TensorDataset(torch.zeros(8, 1)), run.args.steps, 4, 0.1,
+            TensorDataset(torch.zeros(4, 1)))
+
+    whole = fit(make_run("--steps", "60"), nn.Linear(1, 1, bias=False))
+    resumed = fit(make_run("--resume"), nn.Linear(1, 1, bias=False))
+    assert torch.equal(whole.weight, resumed.weight)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -168,7 +218,7 @@ def test_precision_decides_about_autocast(make_run, precision):
         dtypes.add(y.dtype)
         return y.sum(), {}
 
-    run.fit("one", nn.Linear(3, 1), loss, len(X), 2, 4, 0.01)
+    run.fit("one", nn.Linear(3, 1), loss, INDEX, 2, 4, 0.01)
     assert dtypes == {torch.bfloat16 if precision == "bf16" else torch.float32}
 
 
@@ -196,7 +246,7 @@ def test_ctrl_c_writes_a_checkpoint_and_says_how_to_go_on(make_run, capsys, numb
     with pytest.raises(SystemExit) as exit:
         train(run, network(), interrupt(number))
     assert exit.value.code == 130
-    assert checkpoint(run)["stages"]["one"]["step"] == 3
+    assert checkpoint(run)["step"] == 3
     assert f"python train.py --resume --out {run.out}" in capsys.readouterr().out
 
 
@@ -232,28 +282,51 @@ def test_resumed_fit_equals_uninterrupted_bit_for_bit(make_run, tmp_path):
     resumed = make_run("--resume")
     assert len(train(resumed, network())) == 3, "steps 1 to 3 are done, 4 to 6 are to do"
     one, two = checkpoint(whole), checkpoint(resumed)
-    assert same(one["stages"], two["stages"]), (
+    assert same(*[{k: c[k] for k in ("model", "optimizer", "step")} for c in (one, two)]), (
         "weights or optimiser differ from those of a run that was never stopped: batches and "
         "noise must be functions of (seed, stage, step), and Adam's state must be restored")
-    drop = [[{k: v for k, v in row.items() if k != "seconds"} for row in c["log"]]
+    drop = [[{k: v for k, v in row.items() if k != "seconds"} for row in c["rows"]]
             for c in (one, two)]
     assert drop[0] == drop[1]
+
+
+def test_the_log_of_a_resumed_run_averages_over_the_steps_before_the_stop_too(make_run, tmp_path):
+    def fit(run, stop_at=None):
+        def loss(net, x):
+            if net.training and len(run.rows["one"]) == 1 and stop_at:
+                os.kill(os.getpid(), signal.SIGINT)    # in the first step after a line of the log
+            return net(x).square().mean(), {}
+        run.fit("one", nn.Linear(3, 1), loss, TensorDataset(X), 600, 4, 0.01)      # lines of 3
+        return [row["loss"] for row in run.rows["one"]]
+
+    with pytest.raises(SystemExit):
+        fit(make_run(), stop_at=4)
+    assert fit(make_run("--resume")) == pytest.approx(fit(make_run(out=tmp_path / "whole")))
 
 
 def test_a_finished_stage_is_not_trained_again(make_run):
     train(make_run(), network())
     resumed, model = make_run("--resume"), network()
     assert train(resumed, model) == []
-    assert resumed.fitted("one", 6) and not resumed.fitted("one", 7)
-    assert same(dict(model.state_dict()), checkpoint(resumed)["stages"]["one"]["model"])
+    assert same(dict(model.state_dict()), checkpoint(resumed)["model"])
 
 
-def test_a_later_stage_does_not_reach_into_the_checkpoint_of_an_earlier_one(make_run):
+def test_a_stage_is_written_only_when_it_changed(make_run):
     run, model = make_run(), network()
     train(run, model, stage="one")
-    before = checkpoint(run)["stages"]["one"]
-    train(run, model, stage="two")                     # the same model: state_dict() is no copy
-    assert same(checkpoint(run)["stages"]["one"], before)
+    before = (run.out / "checkpoint-one.pt").stat().st_mtime_ns
+    train(run, model, stage="two")
+    assert (run.out / "checkpoint-one.pt").stat().st_mtime_ns == before
+
+
+def test_checkpoints_are_written_by_the_clock(make_run, monkeypatch):
+    run, now, steps = make_run(), [0.0], []
+    monkeypatch.setattr(time, "time", lambda: now[0])
+    save = run.save
+    monkeypatch.setattr(run, "save", lambda stage, state, *a: (steps.append(state["step"]),
+                                                               save(stage, state, *a)))
+    train(run, network(), lambda step: now.__setitem__(0, now[0] + 25), steps=20000 // 2000)
+    assert steps == [3, 6, 9, 10], "one a minute whatever the log does, and one at the end"
 
 
 def test_resume_takes_the_flags_of_the_checkpoint_but_those_given_win(make_run):
@@ -266,20 +339,29 @@ def test_seconds_count_what_was_before_the_resume(make_run):
     run = make_run()
     run.seconds_before = 1000
     train(run, network())
-    assert make_run("--resume").seconds >= 1000
+    resumed = make_run("--resume")
+    train(resumed, network())
+    assert 1000 <= resumed.seconds < 1100
 
 
-def test_a_new_run_keeps_the_old_checkpoint(make_run):
-    first = make_run()
-    train(first, network())
-    before = (first.out / "checkpoint.pt").read_bytes()
-    train(make_run("--seed", "5"), network())
-    assert (first.out / "checkpoint.old.pt").read_bytes() == before, (
-        "a second run into the same folder must not destroy the first one's checkpoint")
+def test_new_runs_keep_every_older_one(make_run):
+    for seed in "123":
+        run = make_run("--seed", seed)
+        train(run, network())
+    seeds = [torch.load(run.out / folder / "checkpoint.pt", weights_only=True)["args"]["seed"]
+             for folder in ("old-1", "old-2", ".")]
+    assert seeds == [1, 2, 3], "a forgotten --resume must not destroy a run, nor a second one"
+    assert (run.out / "old-1" / "log.csv").exists() and (run.out / "old-1" / "config.json").exists()
+
+
+def test_a_second_run_in_the_same_folder_is_refused(make_run, capsys):
+    train(make_run(), network())
+    assert "another run is writing" in stopped(
+        capsys, train, make_run(alone=False), network())
 
 
 KILLED_WHILE_SAVING = """
-import io, os, pathlib, signal, sys
+import io, os, signal, time
 import torch
 from test_run import PRESETS, network, train
 from vqvae import Parser, Run
@@ -287,21 +369,20 @@ save, calls = torch.save, []
 
 def save_half(state, file):
     calls.append(1)
-    if len(calls) == 1:
+    if len(calls) < 4:                                 # what is common, stage one, half of two
         return save(state, file)
     whole = io.BytesIO()
     save(state, whole)
     half = whole.getvalue()[:whole.tell() // 2]
-    if hasattr(file, "write"):
-        file.write(half), file.flush()
-    else:
-        pathlib.Path(file).write_bytes(half)
+    file.write(half), file.flush()
     os.kill(os.getpid(), signal.SIGKILL)
 
 torch.save = save_half
 run = Run(Parser("test", PRESETS))
 train(run, network(), stage="one")
-train(run, network(), stage="two")
+now = [time.time()]
+time.time = lambda: now[0]
+train(run, network(), lambda step: now.__setitem__(0, now[0] + 21), stage="two")
 """
 
 
@@ -315,10 +396,11 @@ def test_kill_9_while_saving_keeps_the_last_checkpoint(make_run, tmp_path):
     done = python("-c", KILLED_WHILE_SAVING, "--out", tmp_path / "out", "--device", "cpu")
     assert done.returncode == -signal.SIGKILL, done.stderr
     resumed = make_run("--resume")
-    assert set(resumed.stages) == {"one"} and resumed.fitted("one", 6), (
+    assert train(resumed, network(), stage="one") == [], (
         "killed in the middle of a save, the checkpoint saved before must still be whole: write "
         "to another file, then os.replace")
-    assert len(train(resumed, network(), stage="two")) == 6
+    assert checkpoint(resumed, "two")["step"] == 3, "stage two was killed in its second save"
+    assert len(train(resumed, network(), stage="two")) == 3
 
 
 # -- what stops it ------------------------------------------------------------------------------
@@ -327,17 +409,28 @@ def test_kill_9_while_saving_keeps_the_last_checkpoint(make_run, tmp_path):
 def test_nan_loss_stops_names_the_step_and_keeps_the_checkpoint(make_run, capsys):
     run = make_run()
     train(run, network(), stage="one")
-    before, step = (run.out / "checkpoint.pt").read_bytes(), iter(range(1, 401))
+    before, step = (run.out / "checkpoint-one.pt").read_bytes(), iter(range(1, 401))
 
     def loss(net, index):
         n = next(step)
         return net(X[index]).sum() * (float("nan") if n >= 3 else 1), {}
 
-    line = stopped(capsys, run.fit, "two", network(), loss, len(X), 400, 4, 0.01)
+    line = stopped(capsys, run.fit, "two", network(), loss, INDEX, 400, 4, 0.01)
     assert "stage two" in line and "step 3" in line.split(":")[1] and "--lr" in line, (
         f"the message must name stage, first bad step and what to try: {line}")
-    assert (run.out / "checkpoint.pt").read_bytes() == before, (
-        "a loss that is NaN must not reach the checkpoint")
+    assert (run.out / "checkpoint-one.pt").read_bytes() == before
+    assert not (run.out / "checkpoint-two.pt").exists(), (
+        "a loss that is NaN must not reach a checkpoint")
+
+
+def test_weights_that_the_last_step_spoilt_are_not_saved(make_run, capsys):
+    run, model = make_run(), nn.Linear(3, 1)
+
+    def loss(net, x):                                  # finite, but its gradient is not
+        return (net(x).sum() * 0).sqrt() + 1, {}
+
+    line = stopped(capsys, run.fit, "one", model, loss, TensorDataset(X), 1, 4, 0.01)
+    assert "not finite at step 1" in line and not (run.out / "checkpoint-one.pt").exists()
 
 
 def test_fewer_examples_than_a_batch(make_run, capsys):
@@ -351,7 +444,9 @@ def test_fewer_examples_than_a_batch(make_run, capsys):
     (["--batch-size", "2.5"], "--batch-size"), (["--lr", "-1"], "--lr"), (["--lr", "nan"], "--lr"),
     (["--lr", "inf"], "--lr"), (["--lr-decay", "1.5"], "--lr-decay"), (["--seed", "x"], "--seed"),
     (["--preset", "huge"], "--preset"), (["--device", "abacus"], "--device"),
-    (["--precision", "int4"], "--precision"), (["--nonsense"], "--nonsense")])
+    (["--precision", "int4"], "--precision"), (["--nonsense"], "--nonsense"),
+    (["--seed", "-1"], "--seed"), (["--seed", str(2 ** 70)], "--seed"), (["--data", ""], "--data"),
+    (["--resum"], "--resum"), (["--keep", "all"], "--keep")])
 def test_bad_flag_is_named(make_run, capsys, tmp_path, flags, named):
     line = stopped(capsys, make_run, *flags)
     assert line.startswith("error: ") and named in line
@@ -392,38 +487,336 @@ class Trap:
         return os.mkdir, (self.path,)
 
 
-@pytest.mark.parametrize("content", ["half", "empty", "text", "other", "list"])
-def test_torn_or_foreign_checkpoint_is_refused_and_left_alone(make_run, capsys, content):
+def contents(folder):
+    return {p.name: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("name", ["checkpoint.pt", "checkpoint-one.pt"])
+@pytest.mark.parametrize("content", ["half", "empty", "text", "other", "list", "tensor", "kinds"])
+def test_corrupt_or_foreign_checkpoint_is_refused_and_left_alone(make_run, capsys, name, content):
     run, other = make_run(), io.BytesIO()
     train(run, network())
-    whole = run.checkpoint.read_bytes()
-    torch.save([1, 2] if content == "list" else {"weights": torch.zeros(3)}, other)
-    torn = {"half": whole[:len(whole) // 2], "empty": b"", "text": b"not a checkpoint\n",
-            "other": other.getvalue(), "list": other.getvalue()}[content]
-    run.checkpoint.write_bytes(torn)
-    line = stopped(capsys, make_run, "--resume")
-    assert "--resume" in line and str(run.checkpoint) in line
-    assert run.checkpoint.read_bytes() == torn
+    file = run.out / name
+    whole = torch.load(file, weights_only=True)
+    torch.save({"other": {"weights": torch.zeros(3)}, "list": [1, 2], "tensor": torch.zeros(3),
+                "kinds": {k: "x" for k in whole}}.get(content, 0), other)
+    broken = {"half": file.read_bytes()[:1000], "empty": b"", "text": b"not a checkpoint\n"}
+    file.write_bytes(broken.get(content, other.getvalue()))
+    before = contents(run.out)
+    line = stopped(capsys, lambda: train(make_run("--resume"), network()))
+    assert "--resume" in line and str(file) in line
+    assert contents(run.out) == before or name != "checkpoint.pt"
+    assert file.read_bytes() == before[name]
 
 
 def test_a_checkpoint_that_would_run_code_is_refused(make_run, capsys, tmp_path):
     run = make_run()
     run.out.mkdir()
-    torch.save({"args": Trap(str(tmp_path / "sprung")), "stages": {}, "log": [], "seconds": 0},
-               run.checkpoint)
+    torch.save({"script": "test", "args": Trap(str(tmp_path / "sprung")), "facts": {}},
+               run.out / "checkpoint.pt")
     stopped(capsys, make_run, "--resume")
     assert not (tmp_path / "sprung").exists(), "torch.load needs weights_only=True"
     with pytest.raises(pickle.UnpicklingError):        # the trap itself works: torch sees it
-        torch.load(run.checkpoint, weights_only=True)
+        torch.load(run.out / "checkpoint.pt", weights_only=True)
 
 
 def test_checkpoint_of_another_model_is_refused(make_run, capsys):
     run = make_run()
     train(run, network())
-    before = run.checkpoint.read_bytes()
+    before = (run.out / "checkpoint-one.pt").read_bytes()
     line = stopped(capsys, train, make_run("--resume"), nn.Linear(3, 1))
-    assert "another model" in line and str(run.checkpoint) in line and "one" in line
-    assert run.checkpoint.read_bytes() == before
+    assert "another model" in line and "checkpoint-one.pt" in line
+    assert (run.out / "checkpoint-one.pt").read_bytes() == before
+
+
+# -- launch: rehearsal, resume with other flags or data, errors in one line ------------------------
+
+
+@pytest.fixture
+def launched(monkeypatch, tmp_path, capsys):
+    """launch() with a tiny experiment; main and the data can be replaced."""
+    made = []
+
+    def main(run, data):
+        made.append(run)
+        run.fit("one", network(), lambda net, x: (net(x).square().mean(), {}),
+                TensorDataset(data.x), run.args.steps, run.args.batch_size, run.args.lr)
+        run.finish({"score": 1.0})
+
+    def go(*flags, main=main, x=X, use=None, load_data=None):
+        for run in made:
+            if getattr(run, "lock", None):
+                os.close(run.lock)
+                run.lock = None
+        monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(tmp_path / "out"), *flags])
+        parser = Parser("test", PRESETS)
+        parser.uses = ("play",)
+        parser.add_argument("--play")
+        parser.add_argument("--width", type=int, default=8)
+
+        class Data:
+            facts = {"size": list(x.shape), "sum": float(x.sum())}
+
+            def __init__(self, x):
+                self.x = x
+
+            def few(self):
+                return Data(self.x[:2])
+
+        launch(parser, load_data or (lambda run: Data(x)), main, use)
+        return made[-1]
+
+    go.out, go.err = tmp_path / "out", lambda: capsys.readouterr().err
+    return go
+
+
+def refused(launched, *flags, **kwargs):
+    """launch() must end with one line and status 2, and change nothing: the line."""
+    before = contents(launched.out)
+    launched.err()
+    with pytest.raises(SystemExit) as exit:
+        launched(*flags, **kwargs)
+    lines = launched.err().splitlines()
+    assert exit.value.code == 2 and len(lines) == 1, lines
+    assert contents(launched.out) == before, "a refused run must not change what is there"
+    return lines[0]
+
+
+def test_what_would_fail_late_fails_in_the_rehearsal(launched):
+    def main(run, data):
+        run.fit("one", network(), lambda net, x: (net(x).sum(), {}), TensorDataset(data.x), 6, 4, 0.1)
+        (run.out / "picture.png").write_text("half done")
+        raise KeyError("$ in a class name")
+
+    line = refused(launched, main=main)
+    assert "KeyError" in line and "$ in a class name" in line and "rehearsal" in line
+    assert "test_run.py, line" in line, "say where"
+    assert not launched.out.exists()
+
+
+def test_the_rehearsal_moves_no_random_number(launched, make_run, tmp_path):
+    rehearsed = launched("--device", "cpu")
+    train_directly = make_run(out=tmp_path / "direct")
+    train_directly.fit("one", network(), lambda net, x: (net(x).square().mean(), {}),
+                       TensorDataset(X), 6, 4, 0.01)
+    assert same(*[checkpoint(run)["model"] for run in (rehearsed, train_directly)])
+
+
+def test_the_rehearsal_leaves_nothing(launched, monkeypatch, tmp_path):
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    launched()
+    assert list((tmp_path / "tmp").iterdir()) == []
+    with open(launched.out / "log.csv") as f:
+        assert [r["step"] for r in csv.DictReader(f)] == list("123456")
+
+
+@pytest.mark.parametrize("flags, named", [
+    (["--width", "9"], "--width 9 differs from 8"), (["--beta", "0.5"], "--beta"),
+    (["--num-codes", "4"], "--num-codes"), (["--seed", "7"], "--seed"),
+    (["--codebook", "ema"], "--codebook")])
+def test_resume_with_other_flags_is_refused_before_a_byte_is_written(launched, flags, named):
+    launched()
+    assert named in refused(launched, "--resume", *flags)
+
+
+def test_resume_with_other_data_is_refused(launched):
+    launched()
+    assert "the data is not that of this run: size" in refused(launched, "--resume", x=X[:19])
+
+
+def test_resume_of_another_scripts_run_is_refused(launched):
+    launched()
+    common = torch.load(launched.out / "checkpoint.pt", weights_only=True)
+    torch.save({**common, "script": "audio"}, launched.out / "checkpoint.pt")
+    assert "train_audio.py" in refused(launched, "--resume")
+
+
+def test_resume_of_a_corrupt_stage_is_refused_before_a_byte_is_written(launched):
+    launched()
+    (launched.out / "checkpoint-one.pt").write_bytes(b"half a checkp")
+    assert "checkpoint-one.pt is corrupt" in refused(launched, "--resume")
+
+
+@pytest.mark.parametrize("error, said", [
+    (OSError(28, "No space left on device", "x.npy"), "x.npy: No space left on device"),
+    (ValueError("photos: no images"), "photos: no images"), (MemoryError(), "MemoryError"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "can't allocate memory")])
+def test_errors_while_reading_data_are_one_line(launched, error, said):
+    def load_data(run):
+        raise error
+
+    assert said in refused(launched, load_data=load_data)
+
+
+def test_a_fault_of_the_program_keeps_its_traceback(launched):
+    def main(run, data):
+        if not run.rehearsing:
+            raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError):
+        launched(main=main)
+
+
+def test_a_full_disk_in_the_middle_is_one_line_and_leaves_the_last_checkpoint(launched, monkeypatch):
+    launched()
+    before, save = contents(launched.out), torch.save
+
+    def full(state, file):
+        if "rows" in state:
+            raise RuntimeError("[enforce fail] unexpected pos")
+        save(state, file)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(SystemExit) as exit:
+        launched("--resume", "--steps", "8")
+    assert exit.value.code == 2 and "cannot be written" in launched.err()
+    after = contents(launched.out)
+    assert after["checkpoint-one.pt"] == before["checkpoint-one.pt"]
+    assert not [name for name in after if name.endswith(".tmp")]
+
+
+def test_flags_for_use_train_nothing(launched):
+    played = []
+    with pytest.raises(AttributeError):                # nothing was made
+        launched("--play", "left", use=lambda args: played.append(args.play) or [].x)
+    assert played == ["left"] and not launched.out.exists()
+
+
+def test_metrics_are_valid_json_whatever_was_measured(make_run):
+    run = make_run()
+    train(run, network())
+    run.finish({"a": math.nan, "b": [1.0, math.inf], "c": 3, "d": "x"})
+    text = (run.out / "metrics.json").read_text()
+    found = json.loads(text, parse_constant=lambda x: pytest.fail(f"{x} is not JSON"))
+    assert found["a"] is None and found["b"] == [1.0, None] and found["c"] == 3
+    assert found["seconds"] >= 0
+
+
+def test_finetune_starts_from_the_weights_of_another_run(make_run, tmp_path):
+    train(make_run(), network())
+    weights = checkpoint(make_run())["model"]
+    model = network()
+    nn.init.zeros_(model[0].weight)
+    at_start = []
+    run = make_run("--finetune", str(tmp_path / "out"), out=tmp_path / "second")
+    train(run, model, lambda step: at_start.append(
+        {k: v.clone() for k, v in model.state_dict().items()}))
+    assert same(at_start[0], dict(weights)) and run.rows["one"][0]["step"] == 1
+
+
+@pytest.mark.parametrize("spoil, said", [
+    (lambda out: (out / "checkpoint.pt").unlink(), "there is no"),
+    (lambda out: (out / "checkpoint-one.pt").write_bytes(b"x"), "corrupt"),
+    (lambda out: torch.save({**torch.load(out / "checkpoint-one.pt"), "steps": 9},
+                            out / "checkpoint-one.pt"), "step 6 of 9"),
+    (lambda out: torch.save({**torch.load(out / "checkpoint.pt"), "script": "video"},
+                            out / "checkpoint.pt"), "train_video.py")])
+def test_only_a_finished_run_of_the_script_is_read(make_run, spoil, said):
+    run = make_run()
+    train(run, network())
+    args, facts, (weights,) = read_run(run.out, "test", ["one"])
+    assert args.batch_size == 4 and same(dict(weights), checkpoint(run)["model"])
+    spoil(run.out)
+    with pytest.raises(ValueError, match=said) as error:
+        read_run(run.out, "test", ["one"])
+    assert "\n" not in str(error.value)
+
+
+# -- data ---------------------------------------------------------------------------------------
+
+
+class Items:
+    """n_i x 2 bytes in item i, counting how often one is decoded."""
+
+    def __init__(self, log, broken=()):
+        self.log, self.broken = log, broken
+
+    def __len__(self):
+        return 5
+
+    def __getitem__(self, i):
+        with open(self.log, "a") as f:                 # in a worker process
+            print(i, file=f)
+        if i in self.broken:
+            raise ValueError(f"item {i} is not readable")
+        return np.full((i + 1, 2), i, np.uint8)
+
+
+def decoded(log):
+    return sorted(map(int, log.read_text().split())) if log.exists() else []
+
+
+def test_prepared_data_is_decoded_once_and_found_again(make_run, tmp_path):
+    run, log = make_run(), tmp_path / "log"
+    x, lengths = prepare(run, "photos", "three files", Items(log), (2,))
+    assert x.dtype == torch.uint8 and lengths == [1, 2, 3, 4, 5]
+    assert x.tolist() == [[i, i] for i in range(5) for _ in range(i + 1)]
+    again, _ = prepare(run, "photos", "three files", Items(log), (2,))
+    assert torch.equal(x, again) and decoded(log) == [0, 1, 2, 3, 4], "decoded a second time"
+    prepare(run, "photos", "one file has changed", Items(log), (2,))
+    assert len(decoded(log)) == 10, "other files, sizes or flags: decode anew"
+    assert len(list((tmp_path / "cache").glob("*.bin"))) == 1, "the old file must not pile up"
+
+
+def test_preparation_that_was_killed_starts_anew(make_run, tmp_path):
+    run, log = make_run(), tmp_path / "log"
+    prepare(run, "photos", "key", Items(log), (2,))
+    (note,), (file,) = ((tmp_path / "cache").glob(f"*.{e}") for e in ("json", "bin"))
+    note.unlink()                                      # killed before the last file was written
+    file.with_suffix(".tmp").write_bytes(b"half of it")
+    x, lengths = prepare(run, "photos", "key", Items(log), (2,))
+    assert x[:, 0].tolist() == [0, 1, 1, 2, 2, 2, 3, 3, 3, 3, 4, 4, 4, 4, 4]
+    assert len(decoded(log)) == 10
+
+
+def test_an_unreadable_item_is_named_and_nothing_is_kept(make_run, tmp_path):
+    with pytest.raises(ValueError, match="^item 3 is not readable$"):
+        prepare(make_run(), "photos", "key", Items(tmp_path / "log", {3}), (2,))
+    assert not list((tmp_path / "cache").glob("*.json"))
+
+
+def test_reading_turns_anything_into_one_line():
+    with pytest.raises(ValueError, match="^photo.png: not readable .*odd"):
+        with reading("photo.png"):
+            raise ArithmeticError("odd\nbytes")
+
+
+@pytest.mark.parametrize("K, dtype", [(2, torch.uint8), (256, torch.uint8), (257, torch.int16),
+                                      (2 ** 15, torch.int16), (2 ** 15 + 1, torch.int32)])
+def test_codes_are_kept_in_the_smallest_type_that_holds_them(K, dtype):
+    assert smallest_int(K) == dtype
+    assert torch.tensor([K - 1]).to(dtype).item() == K - 1
+
+
+def test_batches_cover_everything_the_small_last_one_too():
+    parts = list(batches(X, 8, "cpu"))
+    assert [len(part) for part in parts] == [8, 8, 4] and torch.equal(torch.cat(parts), X)
+
+
+NOBODY_LISTENS = """
+import os, sys
+from test_run import *
+pipe = os.pipe()
+os.close(pipe[0])
+for name, where in (("pipe", pipe[1]), ("full", os.open("/dev/full", os.O_WRONLY)), ("closed", None)):
+    if not (child := os.fork()):
+        os.dup2(where, 1) if where else os.close(1)
+        sys.stdout = sys.stdout if where else None
+        sys.argv = ["train.py", "--device", "cpu", "--out", f"{OUT}/{name}"]
+        run = Run(Parser("test", PRESETS))
+        train(run, network(), steps=20)
+        run.finish({})
+        sys.exit(0)
+    assert os.waitpid(child, 0)[1] == 0, name
+"""
+
+
+def test_training_continues_when_nobody_listens_any_more(tmp_path):
+    done = python("-c", f"OUT = {str(tmp_path)!r}\n" + NOBODY_LISTENS)
+    assert done.returncode == 0, done.stderr
+    for name in ("pipe", "full", "closed"):            # | head -1, a full disk, >&-
+        assert (tmp_path / name / "metrics.json").exists()
 
 
 # -- several processes --------------------------------------------------------------------------
@@ -462,12 +855,22 @@ def joint_batch(file):
         vq(z_e.chunk(run.world)[run.rank])
         torch.manual_seed(0)
         model = Small(kind)
-        run.fit(kind.__name__, model, lambda net, index: (net(x[index]), {}), len(x), 3, 4, 0.01)
+        run.fit(kind.__name__, model, lambda net, x: (net(x), {}), TensorDataset(x), 3, 4, 0.01)
         result[kind.__name__] = {
             "first": {k: v for k, v in vq.state_dict().items() if torch.is_tensor(v)},
             "gradients": {k: p.grad for k, p in model.named_parameters()},
             "fitted": {k: v for k, v in model.state_dict().items() if torch.is_tensor(v)}}
+    def interrupted(net, x):                           # Ctrl-C reaches the last process only
+        if run.rank == run.world - 1 and net.training:
+            signal.raise_signal(signal.SIGINT)
+        return net(x).sum(), {"rank": torch.tensor(float(run.rank))}
+
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)             # a second one stops at once
+    with pytest.raises(SystemExit):
+        run.fit("stopped", nn.Linear(3, 1), interrupted, TensorDataset(X), 40, 4, 0.01)
+    signal.signal(signal.SIGINT, handler)
     if run.rank == 0:
+        result["stopped"] = {k: checkpoint(run, "stopped")[k] for k in ("step", "rows")}
         torch.save(result, file)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -487,6 +890,16 @@ def processes(tmp_path_factory):
                   *flags, folder / "out2", folder / "2.pt", timeout=300)
     assert done.returncode == 0, done.stderr
     return [torch.load(folder / f"{n}.pt", weights_only=True) for n in (1, 2)]
+
+
+def test_processes_agree_on_the_step_at_which_ctrl_c_stops_them(processes):
+    assert [r["stopped"]["step"] for r in processes] == [1, 10], (
+        "one process alone stops at once; several tell each other first, every ten steps, or the "
+        "others would wait for one that has left, and no checkpoint would be written")
+
+
+def test_the_log_is_over_all_processes(processes):
+    assert processes[1]["stopped"]["rows"][0]["rank"] == 0.5, "the mean of ranks 0 and 1"
 
 
 def worst(one, two):

@@ -145,7 +145,7 @@ def test_cached_sampling_given_a_global_code_equals_naive(vqvae):
 
 def test_codebooks_start_after_the_warm_up_at_outputs_for_k_maps(vqvae):
     codes, book = torch.randint(K, (40, *FIELD)), torch.randn(K, C)
-    seeded, start = {}, []
+    initialised, start = {}, []
 
     class Run:
         args, rank, world = train_image.make_parser().parse_args([]), 0, 1
@@ -155,13 +155,13 @@ def test_codebooks_start_after_the_warm_up_at_outputs_for_k_maps(vqvae):
             if net is vqvae:
                 start[:] = [net.quantizer.codebook.detach().clone()]
                 loss(net.train(), torch.arange(8))
-                seeded[stage] = net.eval().quantizer.seeded
+                initialised[stage] = bool(net.eval().quantizer.initialized)
 
     def vectors(codes):
         return book[codes].permute(0, 3, 1, 2)
 
     train_image.fit_second(Run(), vqvae, None, None, codes, vectors)
-    assert seeded == {"second-autoencoder": False, "second-vqvae": True}, (
+    assert initialised == {"second-autoencoder": False, "second-vqvae": True}, (
         "the warm-up leaves the codebooks out")
     z = vqvae.quantizer.to_vectors(vqvae.encoder(vectors(codes)))      # (3, 40, D)
     distance = (start[0].view(3, K, 1, D) - z.unsqueeze(1)).abs().amax(3)
