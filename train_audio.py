@@ -81,6 +81,7 @@ def main(run, data):
     others = few(run, min(8, len(data.speakers))) if judge else 1
     voices = (clips.speaker[:, None] + torch.arange(others)) % len(data.speakers)      # (M, V)
     drawn = decode_clips(run, vqvae, clips, voices)    # (M, V, T)
+    metrics |= distances(to_wave(clips.levels), to_wave(drawn[:, 0]), data.rate)
     save_reconstructions(run, data, clips, voices, drawn)
     if judge:
         metrics |= judge_conversions(run, judge, data, clips, voices, drawn)
@@ -393,6 +394,27 @@ def pitch(x, rate):
     return torch.where(voiced, rate / (delay + first), math.nan).nanmedian(1).values
 
 
+def mel(rate, bands=32):
+    """Triangular filters, evenly spaced on the mel scale, for `spectrum`: (bands, 129)."""
+    top = 2595 * math.log10(1 + rate / 1400)           # of rate / 2
+    edges = 700 * (10 ** (torch.linspace(0, top, bands + 2) / 2595) - 1)       # Hz
+    f = torch.linspace(0, rate / 2, 129)
+    up, down = ((f - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None],
+                (edges[2:, None] - f) / (edges[2:] - edges[1:-1])[:, None])
+    return torch.minimum(up, down).clamp(min=0)
+
+
+def distances(x, y, rate):
+    """How far y is from x, waves (M, T) of the same content: three figures that follow the ear."""
+    a, b = (20 * (mel(rate) @ spectrum(w[:, :y.shape[1]], 64) + 1e-4).log10() for w in (x, y))
+    k = torch.arange(1, 14)[:, None]
+    cosines = (math.pi * k * (torch.arange(32) + 0.5) / 32).cos() / 32         # log-mel to cepstrum
+    quiet = a < a.flatten(1).quantile(0.25, 1)[:, None, None]
+    return {"log_spectral_distance": (a - b).square().mean(1).sqrt().mean().item(),
+            "mel_cepstral_distortion": (2 * (cosines @ (a - b)).square().sum(1)).sqrt().mean().item()
+            / 2, "energy_where_quiet": (b - a)[quiet].mean().item()}
+
+
 class SpeakerClassifier(nn.Sequential):
     """A small network on the log spectrogram, trained on real utterances to recognise who
     speaks, to judge converted ones."""
@@ -415,8 +437,8 @@ def fit_speaker_classifier(run, data):
     train, valid = (Windows(data.levels, part, args.clip, data.hop)
                     for part in (data.train, data.valid))
     return run.fit("speakers", SpeakerClassifier(S), lambda net, x, speaker: (
-        F.cross_entropy(net(x), speaker), {}), train, min(3000, 100 + 25 * S), args.batch_size,
-        1e-3, valid).requires_grad_(False)
+        F.cross_entropy(net(x), speaker), {}), train, min(args.steps, 3000, 100 + 25 * S),
+        args.batch_size, 1e-3, valid).requires_grad_(False)
 
 
 def judge_conversions(run, judge, data, clips, voices, drawn):
@@ -465,9 +487,9 @@ def sheet(write, name, rate, rows):
                            height_ratios=[1, 2.4] * len(rows))
     for i, row in enumerate(rows):
         for (title, _, x), line, image in zip(row, axes[2 * i], axes[2 * i + 1]):
-            line.plot(x, linewidth=0.3)
+            line.plot(x.numpy(), linewidth=0.3)
             line.set(title=plain(title), xlim=(0, len(x)), ylim=(-1, 1), xticks=[], yticks=[])
-            image.imshow((spectrum(x, 64) + 1e-3).log(), origin="lower", aspect="auto",
+            image.imshow((spectrum(x, 64) + 1e-3).log().numpy(), origin="lower", aspect="auto",
                          cmap="magma", vmin=-5, vmax=3.5,
                          extent=(0, len(x) / rate, 0, rate / 2000))
             image.set(ylabel="kHz", xlabel="seconds" if row is rows[-1] else "")
@@ -481,7 +503,7 @@ def phone_picture(run, table, phones):
     p = p[(p.argmax(1) - p.amax(1)).argsort()]
     figure = Figure((8, 1.5 + 0.22 * len(phones)), layout="constrained")
     axis = figure.subplots()
-    axis.imshow(p.t(), aspect="auto", vmin=0, vmax=1)
+    axis.imshow(p.t().numpy(), aspect="auto", vmin=0, vmax=1)
     axis.set_yticks(range(len(phones)), map(plain, phones))
     axis.set(xlabel="code in use, sorted", title="p(phone | code) on training data")
     run.write("phones.png", lambda f: figure.savefig(f, format="png", dpi=100))
@@ -863,12 +885,12 @@ def find_recordings(root):
     def fail(error):  # os.walk would skip a folder that it may not read
         raise error
 
-    found, seen = set(), set()
+    found, seen, top = set(), set(), os.path.realpath(root)
     for folder, folders, names in os.walk(root, onerror=fail, followlinks=True):
-        inside = Path(folder).relative_to(root)
-        place = inside.parts[:1], os.path.realpath(folder)             # a link that leads back up
-        if place in seen:
-            folders.clear()
+        inside, real = Path(folder).relative_to(root).parts, os.path.realpath(folder)
+        place = inside[:1], real
+        if place in seen or inside and os.path.commonpath([real, top]) == real:
+            folders.clear()                            # a link has led back up
             continue
         seen.add(place)
         found |= {Path(folder, n) for n in names if n.lower().endswith((".wav", ".flac"))}
