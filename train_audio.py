@@ -24,7 +24,7 @@ import os
 import random
 import struct
 import wave
-from collections import Counter
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -61,7 +61,7 @@ PRESETS = {
     "paper-phonemes": dict(PAPER, strides=(2,) * 7 + (5,), num_codes=128,
                            experiments=["reconstruction", "phonemes"]),
 }
-EXPERIMENTS = ["reconstruction", "prior", "conversion", "phonemes"]
+EXPERIMENTS = ["reconstruction", "prior", "conversion", "phonemes", "babbling"]
 EMPHASIS = 0.85                                        # as in LPCNet (Valin and Skoglund, 2019)
 UNLABELLED = 255                                       # stands where no phone is known
 
@@ -71,7 +71,9 @@ def main(run, data):
     vqvae = fit_vqvae(run, data)                       # stage one: the prior is uniform
     codes = encode_all(run, vqvae, data)               # frozen from here on; all speech, once
     prior = fit_prior(run, data, codes)                # stage two, sec. 3.3: p(codes)
-    judge = fit_speaker_classifier(run, data)          # not a part of the model
+    babbler = fit_babbler(run, data)                   # what it is compared with
+    judge = fit_speaker_classifier(run, data)          # neither is a part of the model
+    recogniser = fit_phone_recogniser(run, data)
     if run.rank != 0:
         return
     clips = pick_clips(run, data, data.test)
@@ -86,10 +88,11 @@ def main(run, data):
     if judge:
         metrics |= judge_conversions(run, judge, data, clips, voices, drawn)
     if prior:                                          # experiment 2
-        metrics |= prior_bits(run, prior, data, codes)
-        sample_unconditional(run, vqvae, prior, data)
-    if data.phones and "phonemes" in run.args.experiments:             # experiment 4
-        metrics |= read_phones(run, vqvae, data, codes, clips, drawn)
+        metrics |= prior_bits(run, prior, data, codes) | sample_unconditional(
+            run, vqvae, prior, babbler, data, recogniser, clips)
+    if recogniser:                                     # experiment 4
+        metrics |= read_phones(run, data, codes)
+        metrics |= phone_errors(run, recogniser, data, clips, drawn)
     run.finish(metrics)
 
 
@@ -117,23 +120,7 @@ class SpeechVQVAE(nn.Module):
         self.decoder = WaveNet(256, args.channels, args.layers, args.cycle,
                                skip_channels=args.skip_channels, cond_channels=args.channels,
                                num_speakers=speakers)
-        self.initialise()
-
-    def initialise(self):
-        # torch's own initialisation loses two thirds of the variance in each convolution: next to
-        # nothing of x gets through the encoder, the decoder learns to do without, all codes die.
-        for layer in self.modules():
-            if isinstance(layer, nn.Conv1d):
-                nn.init.kaiming_normal_(layer.weight)
-                if layer.bias is not None:
-                    nn.init.zeros_(layer.bias)
-        # Levels have an order, which an embedding would have to learn: initialise it, and the
-        # logits, as smooth functions of the level (cosines, the fast ones small).
-        level = (torch.arange(256) + 0.5) / 256
-        for weight, size in ((self.decoder.embed.weight, 1.4), (self.decoder.head[-1].weight, 0.3)):
-            k = torch.arange(weight.shape[1])
-            smooth = size * (math.pi * level[:, None] * k).cos() / (1 + k / 4)   # (256, channels)
-            weight.data.copy_(smooth.view_as(weight))
+        initialise(self, self.decoder)
 
     def forward(self, x, speaker):
         """-> loss, nll (B, T) = -log p(x_t | x_<t, z_q, speaker) in nats, codes (B, N)."""
@@ -171,6 +158,23 @@ class SpeechVQVAE(nn.Module):
                                    temperature, generator).to(torch.uint8)
 
 
+def initialise(model, decoder):
+    # torch's own initialisation loses two thirds of the variance in each convolution: next to
+    # nothing of x gets through the encoder, the decoder learns to do without, all codes die.
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv1d):
+            nn.init.kaiming_normal_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+    # Levels have an order, which an embedding would have to learn: initialise it, and the logits,
+    # as smooth functions of the level (cosines, the fast ones small).
+    level = (torch.arange(256) + 0.5) / 256
+    for weight, size in ((decoder.embed.weight, 1.4), (decoder.head[-1].weight, 0.3)):
+        k = torch.arange(weight.shape[1])
+        smooth = size * (math.pi * level[:, None] * k).cos() / (1 + k / 4)     # (256, channels)
+        weight.data.copy_(smooth.view_as(weight))
+
+
 # ---------------------------------------------------------------------------------------------
 # The two stages
 # ---------------------------------------------------------------------------------------------
@@ -196,6 +200,21 @@ def vqvae_loss(net, x, speaker, num_codes):
     loss, nll, codes = net(x, speaker)
     return loss, {"bits_per_sample": nll.detach().mean() / math.log(2),
                   "codes_used": count_codes(codes, num_codes)}
+
+
+def fit_babbler(run, data):
+    """A WaveNet like the decoder's but without codes, trained for as long."""
+    args = run.args
+    if "babbling" not in args.experiments:
+        return None
+    net = WaveNet(256, args.channels, args.layers, args.cycle, skip_channels=args.skip_channels,
+                  num_speakers=len(data.speakers))
+    initialise(net, net)
+    train, valid = (Windows(data.levels, part, args.crop, max(1, data.hop // 4))
+                    for part in (data.train, data.valid))
+    return run.fit("babbler", net, lambda net, x, speaker: (
+        F.cross_entropy(net(x.long(), None, speaker).float(), x.long()), {}), train, args.steps,
+        args.batch_size, args.lr, valid).requires_grad_(False)
 
 
 def encode_all(run, vqvae, data):
@@ -287,19 +306,34 @@ def save_reconstructions(run, data, clips, voices, drawn):
     sheet(run.write, "reconstructions", data.rate, rows)
 
 
-def sample_unconditional(run, vqvae, prior, data):
-    """Speech from nothing: codes from the prior, then x ~ p(x | codes, speaker)."""
-    count = few(run, min(4, len(data.speakers)))
-    N = few(run, run.args.clip // data.hop)
+def sample_unconditional(run, vqvae, prior, babbler, data, recogniser, clips):
+    """Experiment 2, speech from nothing: codes from the prior, then x ~ p(x | codes, speaker).
+
+    "While samples drawn from even the best speech models like the original WaveNet sound like
+    babbling, samples from VQ-VAE contain clear words": in the demo's language that is counted.
+    """
+    count, N = len(clips.levels), few(run, run.args.clip // data.hop)
     generator = torch.Generator(run.device).manual_seed(run.args.seed)
     codes = prior.sample(count, N, generator=generator).cpu()
-    sounds = to_wave(draw(run, vqvae, codes, torch.arange(count)))
-    sheet(run.write, "samples", data.rate, [
-        [(f"codes from the prior, voice {name}", f"sample_{file}", x)]
-        for name, file, x in zip(data.speakers, file_names(data.speakers), sounds)])
+    sounds = {"sample": draw(run, vqvae, codes, clips.speaker)}
+    if babbler:
+        sounds["babble"] = babbler.sample(
+            count, N * data.hop, None, clips.speaker.to(run.device), run.args.temperature,
+            generator).to(torch.uint8).cpu()
+    rows, files = [], file_names(data.speakers)
+    for s in clips.speaker.unique()[:4].tolist():
+        i = int((clips.speaker == s).nonzero()[0])
+        rows.append([({"sample": "codes from the prior", "babble": "WaveNet without codes"}[name]
+                      + f", voice {data.speakers[s]}", f"{name}_{files[s]}", to_wave(x[i]))
+                     for name, x in sounds.items()])
+    sheet(run.write, "samples", data.rate, rows)
+    if not recogniser or run.args.data:
+        return {}
+    return {f"in_words_{name}": share_in_words(recognise(run, recogniser, x), data.phones)
+            for name, x in {"real": clips.levels, **sounds}.items()}
 
 
-def read_phones(run, vqvae, data, codes, clips, drawn):
+def read_phones(run, data, codes):
     """Experiment 4: how codes and phones meet on training speech, accuracies on test speech."""
     def aligned(part):  # a code stands for the phone in its middle
         at = data.positions(part)
@@ -308,15 +342,8 @@ def read_phones(run, vqvae, data, codes, clips, drawn):
     table = phone_table(*aligned(data.train), run.args.num_codes, len(data.phones))
     most_likely = torch.zeros_like(table).index_fill_(1, table.sum(0).argmax(), 1)
     phone_picture(run, table, data.phones)
-    found = {"phone_accuracy": phone_accuracy(table, *aligned(data.test)),
-             "phone_baseline": phone_accuracy(most_likely, *aligned(data.test))}
-    M, V, T = drawn.shape
-    if V > 1:  # conversions, encoded again
-        again = in_batches(vqvae.encode, run.device, 16, drawn[:, 1:].flatten(0, 1))
-        middle = clips.start[:, None] + torch.arange(T // data.hop) * data.hop + data.hop // 2
-        found["converted_phone_accuracy"] = phone_accuracy(
-            table, again, data.phone_at(middle).repeat_interleave(V - 1, 0))
-    return found
+    return {"phone_accuracy": phone_accuracy(table, *aligned(data.test)),
+            "phone_baseline": phone_accuracy(most_likely, *aligned(data.test))}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -439,6 +466,83 @@ def fit_speaker_classifier(run, data):
     return run.fit("speakers", SpeakerClassifier(S), lambda net, x, speaker: (
         F.cross_entropy(net(x), speaker), {}), train, min(args.steps, 3000, 100 + 25 * S),
         args.batch_size, 1e-3, valid).requires_grad_(False)
+
+
+class PhoneRecogniser(nn.Sequential):
+    """A small network on the log-mel spectrogram, trained on real utterances with labels: which
+    phone is being spoken, 100 times a second. It judges drawn speech and is not told of codes."""
+
+    def __init__(self, phones, rate, hidden=96):
+        super().__init__(nn.Conv1d(32, hidden, 5, padding=2), nn.ReLU(),
+                         nn.Conv1d(hidden, hidden, 5, padding=2), nn.ReLU(),
+                         nn.Conv1d(hidden, hidden, 5, padding=2), nn.ReLU(),
+                         nn.Conv1d(hidden, phones, 1))
+        self.step = rate // 100
+        self.register_buffer("filters", mel(rate), persistent=False)
+
+    def forward(self, x):                              # (B, T) levels -> (B, phones, frames)
+        # Some noise in training, more or less of it: else hiss would pass for a fricative.
+        x = to_wave(x)
+        if self.training:
+            x = x + 0.02 * torch.rand(len(x), 1, device=x.device) ** 2 * torch.randn_like(x)
+        return super().forward((self.filters @ spectrum(x, self.step) + 0.03).log())
+
+
+def fit_phone_recogniser(run, data):
+    """None where no phones are known."""
+    args = run.args
+    if not data.phones or "phonemes" not in args.experiments:
+        return None
+    net = PhoneRecogniser(len(data.phones), data.rate)
+    train, valid = (LabelledWindows(data, part, args.clip, data.hop, net.step)
+                    for part in (data.train, data.valid))
+    return run.fit("phones", net, recogniser_loss, train, min(args.steps, 400), args.batch_size,
+                   2e-3, valid).requires_grad_(False)
+
+
+def recogniser_loss(net, x, phones):
+    logits, known = net(x)[..., :phones.shape[1]], phones != UNLABELLED
+    nats = F.cross_entropy(logits, phones.long(), ignore_index=UNLABELLED, reduction="sum")
+    right = (logits.argmax(1) == phones) & known
+    return nats / known.sum().clamp(min=1), {"accuracy": right.sum() / known.sum().clamp(min=1)}
+
+
+def recognise(run, recogniser, x):
+    """(M, T) levels -> the phone of each frame (M, frames)."""
+    return in_batches(lambda x: recogniser(x).argmax(1), run.device, 64, x)
+
+
+def share_in_words(found, names, shortest=3):
+    """The share of the phones found (M, frames) that lie in words of the demo's language, where
+    words may follow each other without a pause; a phone lasts `shortest` frames at least."""
+    inside = total = 0
+    for row in found.tolist():
+        said = [names[k] for k, frames in groupby(row) if len([*frames]) >= shortest]
+        said = [phone for phone, _ in groupby(said)]
+        most = [0]                                     # phones in words, of the first 0, 1, 2 ..
+        for end in range(1, len(said) + 1):
+            most.append(max([most[-1]] + [most[end - len(word)] + len(word) for word in WORDS
+                                          if said[max(0, end - len(word)):end] == [*word]]))
+        inside, total = inside + most[-1], total + sum(phone != "pause" for phone in said)
+    return inside / max(1, total)
+
+
+def phone_errors(run, recogniser, data, clips, drawn):
+    """Share of frames, of those with a label, in which the recogniser finds another phone: in
+    originals, in reconstructions and in conversions drawn (M, V, T)."""
+    T = drawn.shape[2]
+    spoken = data.phone_at(clips.start[:, None] + torch.arange(0, T, recogniser.step))
+
+    def error(x, phones):
+        wrong = recognise(run, recogniser, x)[:, :phones.shape[1]] != phones
+        return wrong[phones != UNLABELLED].float().mean().item()
+
+    found = {"phone_error_original": error(clips.levels[:, :T], spoken),
+             "phone_error_reconstructed": error(drawn[:, 0], spoken)}
+    if drawn.shape[1] > 1:
+        found["phone_error_converted"] = error(
+            drawn[:, 1:].flatten(0, 1), spoken.repeat_interleave(drawn.shape[1] - 1, 0))
+    return found
 
 
 def judge_conversions(run, judge, data, clips, voices, drawn):
@@ -815,6 +919,18 @@ class Windows(torch.utils.data.Dataset):
         return self.stream[start[:, None] + torch.arange(self.size)], owner
 
 
+class LabelledWindows(Windows):
+    """windows[index] -> levels (B, size), and which phone is spoken every `frame` samples."""
+
+    def __init__(self, data, part, size, step, frame):
+        super().__init__(data.levels, part, size, step)
+        self.data, self.frame = data, torch.arange(0, size, frame)
+
+    def __getitem__(self, index):
+        levels, _ = super().__getitem__(index)
+        return levels, self.data.phone_at(self.start(index)[0][:, None] + self.frame)
+
+
 def load_data(run):
     """The demo's speech or a folder's, cut into training, validation and test stretches."""
     args, hop = run.args, math.prod(run.args.strides)
@@ -982,7 +1098,8 @@ def make_parser():
     flag = parser.add_argument
     flag("--labels", type=path, metavar="DIR", help="phone alignments of --data: "
          "<speaker>/../<name>.lab with lines 'end phone' or 'start end phone', in seconds")
-    flag("--experiments", nargs="+", choices=EXPERIMENTS, default=EXPERIMENTS, help="default: all")
+    flag("--experiments", nargs="+", choices=EXPERIMENTS, default=EXPERIMENTS[:4],
+         help="default: all but babbling, a WaveNet without codes to compare samples with")
     flag("--sample-rate", type=hertz, help="Hz; files of another rate are resampled")
     flag("--strides", type=strides, help="of the encoder's convolutions (paper 2,2,2,2,2,2); their "
          "product is the hop, the samples that share a code")
