@@ -120,10 +120,10 @@ def test_loss_is_eq_3(kind, G):
     e = model.quantizer.lookup(y.codes)
     N = y.codes[0].numel()                             # latents of an image
     distance = (z_e - e).square().sum() / (len(x) * N)
-    data = (y.out - to_unit(x)).square().sum() / 0.1 / x.numel()
+    data = (y.out - to_unit(x)).square().sum() / 0.1 / (len(x) * N)
     weight = 0.7 + (kind is VectorQuantizer)
     assert y.loss.item() == pytest.approx((data + weight * distance).item(), rel=1e-5), (
-        "eq. 3: mean over x of -log p, plus means over the N latents of squared distances")
+        "eq. 3: all three terms summed, and divided by the number of latents")
 
 
 def test_data_term_trains_encoder_and_decoder_but_not_the_codebook():

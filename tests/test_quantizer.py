@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.multiprocessing import spawn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vqvae import VectorQuantizer, VectorQuantizerEMA, count_codes, perplexity
 
@@ -277,8 +278,8 @@ def test_eval_mode_changes_nothing(kind):
         after = vq.state_dict()
         changed = [k for k, v in before.items() if not torch.equal(v, after[k])]
         assert not changed, (
-            f"in eval mode the quantiser changed its {changed}: only training batches may initialise "
-            "a codebook, move a code or count as use")
+            f"in eval mode the quantiser changed its {changed}: only training batches may "
+            "initialise a codebook, move a code or count as use")
 
 
 # -- where the codebook starts ------------------------------------------------------------------
@@ -374,7 +375,8 @@ def test_state_dict_round_trip(kind):
         assert torch.equal(a, b)
     for name, value in one.state_dict().items():
         assert torch.is_tensor(value), f"{name}: safetensors and averages of weights want tensors"
-        assert torch.equal(value, two.state_dict()[name]), f"{name} differs after one more batch: it did not come through the state dict"
+        assert torch.equal(value, two.state_dict()[name]), (
+            f"{name} differs after one more batch: it did not come through the state dict")
 
 
 # -- dead codes ---------------------------------------------------------------------------------
@@ -453,8 +455,31 @@ def test_more_dead_codes_than_latents_move_to_different_vectors():
 def test_moved_ema_codes_start_with_a_count_of_1_at_their_new_place():
     vq, z_e = with_dead_codes(VectorQuantizerEMA, restart_after=4)
     vq(z_e)
-    assert vq.ema_count[5:7].tolist() == [1, 1] and torch.equal(vq.ema_sum[5:7], vq.codebook[5:7]), (
+    assert vq.ema_count[5:7].tolist() == [1, 1], "N_i starts at 1 again"
+    assert torch.equal(vq.ema_sum[5:7], vq.codebook[5:7]), (
         "N_i and m_i of a moved code belong to its new place: otherwise eq. 8 takes it back")
+
+
+class Waits(TorchDispatchMode):
+    """Fails where a GPU would have to finish before Python can go on."""
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        assert op.overloadpacket not in (torch.ops.aten._local_scalar_dense,
+                                         torch.ops.aten.nonzero, torch.ops.aten.masked_select), (
+            f"{op} needs a number from the device: a GPU would stand still in every step")
+        return op(*args, **kwargs or {})
+
+
+@BOTH
+def test_training_never_waits_for_a_gpu(kind):
+    vq, z_e = with_dead_codes(kind, G=2, dead=(1, 9, 10))
+    adam = torch.optim.SGD([z_e, *vq.parameters()], lr=0.1)
+    vq.reset_moments(adam)
+    with Waits():
+        q = vq(z_e)
+        (q.z_q.sum() + q.loss).backward()
+    adam.step()
+    assert (vq.codebook < 500).all()
 
 
 @BOTH

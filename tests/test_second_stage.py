@@ -95,14 +95,14 @@ def test_gradient_reaches_the_encoder_through_the_pixelcnn(vqvae, maps):
         assert not deaf, f"{type(model).__name__}: p(codes|z) teaches {deaf} of the encoder nothing"
 
 
-def test_loss_is_eq_3_with_the_sum_over_the_map(vqvae, maps):
+def test_loss_is_eq_3_for_each_of_the_three_latents(vqvae, maps):
     codes, e = maps
     vqvae(codes, e)                                    # starts the codebooks
     y, q = vqvae(codes, e), vqvae.quantizer(vqvae.encoder(e))
     p = vqvae.decoder(codes, cond=q.z_q).softmax(1).gather(1, codes.unsqueeze(1))
     nll = -p.log().flatten(1).sum(1)
     assert torch.allclose(y.nll, nll, rtol=1e-4)
-    assert torch.allclose(y.loss, nll.mean() + q.loss, rtol=1e-4)
+    assert torch.allclose(y.loss, nll.mean() / 3 + q.loss, rtol=1e-4)
 
 
 def test_vae_bound_is_nll_plus_kl(maps):
