@@ -234,18 +234,15 @@ def fit_prior(run, data, codes):
     args, N = run.args, run.args.clip // data.hop
     if "prior" not in args.experiments:
         return None
-    layers, cycle = prior_size(N)
-    prior = WaveNet(args.num_codes, args.prior_channels, layers, cycle,
-                    skip_channels=2 * args.prior_channels)
     train, valid = (Windows(codes, data.in_codes(part), N, 1) for part in (data.train, data.valid))
-    return run.fit("prior", prior, prior_loss, train, args.prior_steps, args.batch_size, args.lr,
-                   valid).requires_grad_(False)
+    return run.fit("prior", make_prior(args, N), prior_loss, train, args.prior_steps,
+                   args.batch_size, args.lr, valid).requires_grad_(False)
 
 
-def prior_size(length):
-    """Layers and cycle of a prior whose two cycles of dilations see `length` codes."""
-    cycle = max(1, math.ceil(math.log2(length / 2)))
-    return 2 * cycle, cycle
+def make_prior(args, length):
+    """A WaveNet whose two cycles of dilations see `length` codes."""
+    cycle, C = max(1, math.ceil(math.log2(length / 2))), args.prior_channels
+    return WaveNet(args.num_codes, C, 2 * cycle, cycle, skip_channels=2 * C)
 
 
 def prior_loss(net, codes, speaker=None):
@@ -432,14 +429,19 @@ def mel(rate, bands=32):
 
 
 def distances(x, y, rate):
-    """How far y is from x, waves (M, T) of the same content: three figures that follow the ear."""
-    a, b = (20 * (mel(rate) @ spectrum(w[:, :y.shape[1]], 64) + 1e-4).log10() for w in (x, y))
-    k = torch.arange(1, 14)[:, None]
-    cosines = (math.pi * k * (torch.arange(32) + 0.5) / 32).cos() / 32         # log-mel to cepstrum
-    quiet = a < a.flatten(1).quantile(0.25, 1)[:, None, None]
+    """How far y is from x, waves (M, T) of the same content, by figures that follow the ear: the
+    distance of log-mel spectra and of mel cepstra, and how much louder y is where x is quiet. All
+    in dB; what is 60 dB below the loudest of x does not count."""
+    a, b = (20 * (mel(rate) @ spectrum(w[:, :y.shape[1]], 64) + 1e-9).log10() for w in (x, y))
+    floor = a.amax((1, 2), keepdim=True) - 60
+    a, b = a.maximum(floor), b.maximum(floor)          # (M, 32, frames)
+    k = torch.arange(1, 14)[:, None]                   # from the first on: not the level
+    cosines = (math.pi * k * (torch.arange(32) + 0.5) / 32).cos() / 32         # (13, 32)
+    cepstral = (cosines @ (a - b)).square().sum(1).div(2).sqrt()       # (M, frames)
+    quiet = a <= a.flatten(1).quantile(0.25, 1)[:, None, None]
     return {"log_spectral_distance": (a - b).square().mean(1).sqrt().mean().item(),
-            "mel_cepstral_distortion": (2 * (cosines @ (a - b)).square().sum(1)).sqrt().mean().item()
-            / 2, "energy_where_quiet": (b - a)[quiet].mean().item()}
+            "mel_cepstral_distortion": cepstral.mean().item(),
+            "energy_where_quiet": (b - a)[quiet].mean().item()}
 
 
 class SpeakerClassifier(nn.Sequential):
@@ -682,19 +684,16 @@ class Trained(NamedTuple):
 
 def load(folder="runs/audio", device="auto"):
     """The models of a finished run, in eval mode; ValueError with one line if it is none."""
-    args, facts, [weights] = read_run(folder, "audio", ["vqvae"])
-    device, prior = pick_device(device), None
+    args, facts, _ = read_run(folder, "audio", [])
+    stages, device = ["vqvae"] + ["prior"] * ("prior" in args.experiments), pick_device(device)
+    _, _, weights = read_run(folder, "audio", stages)
     with reading(folder):
         vqvae = SpeechVQVAE(args, len(facts["speakers"]))
-        vqvae.load_state_dict(weights)
-        if "prior" in args.experiments:
-            _, _, [weights] = read_run(folder, "audio", ["prior"])
-            prior = WaveNet(args.num_codes, args.prior_channels,
-                            *prior_size(args.clip // vqvae.hop),
-                            skip_channels=2 * args.prior_channels)
-            prior.load_state_dict(weights)
-    models = [m and m.to(device).eval().requires_grad_(False) for m in (vqvae, prior)]
-    return Trained(*models, facts["speakers"], args)
+        models = [vqvae, make_prior(args, args.clip // vqvae.hop)][:len(stages)]
+        for model, state in zip(models, weights):
+            model.load_state_dict(state)
+            model.to(device).eval().requires_grad_(False)
+    return Trained(*(models + [None])[:2], facts["speakers"], args)
 
 
 def use(args):

@@ -148,6 +148,13 @@ def test_resampled_sine_is_the_sine_itself(old, new):
     assert np.abs(y - np.sin(2 * np.pi * tone * np.arange(new) / new))[middle].max() < 2e-3
 
 
+def test_long_recordings_are_resampled_block_by_block_without_seams():
+    t = np.arange(12 * 48_000) / 48_000                # some four blocks
+    y = audio.resample(np.sin(2 * np.pi * 1234.5 * t).astype(np.float32), 48_000, 16_000)
+    wanted = np.sin(2 * np.pi * 1234.5 * np.arange(12 * 16_000) / 16_000)
+    assert len(y) == len(wanted) and np.abs(y - wanted)[1600:-1600].max() < 2e-3
+
+
 def test_resampling_removes_what_would_alias():
     x = np.sin(2 * np.pi * 5000 * np.arange(16_000) / 16_000).astype(np.float32)  # above 4 kHz
     assert np.abs(audio.resample(x, 16_000, 8000)[400:-400]).max() < 2e-3
@@ -379,8 +386,8 @@ def test_decoded_files_are_found_again_and_a_changed_one_is_noticed(tmp_path, mo
 
 def test_prior_sees_the_whole_chunk():
     for length in (2, 64, 125, 320, 640):
-        layers, cycle = audio.prior_size(length)
-        assert audio.WaveNet(4, 2, layers, cycle).receptive_field >= length - 1
+        args = SimpleNamespace(num_codes=4, prior_channels=2)
+        assert audio.make_prior(args, length).receptive_field >= length - 1
 
 
 def test_labels_in_both_forms(tmp_path):
