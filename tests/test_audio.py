@@ -133,9 +133,13 @@ def test_distances_are_zero_for_the_same_and_grow_with_noise():
     noise = torch.randn_like(x)
     few, many = (audio.distances(x, x + size * noise, 8000) for size in (0.003, 0.03))
     assert all(0 < few[k] < many[k] for k in same), (few, many)
-    louder = audio.distances(x, 2 * x, 8000)
+    hiss = x + 0.01 * noise                            # nowhere 60 dB below its loudest place
+    louder = audio.distances(hiss, 2 * hiss, 8000)
     assert louder["log_spectral_distance"] == pytest.approx(20 * math.log10(2), abs=0.3)
     assert louder["mel_cepstral_distortion"] < 0.2, "cepstra from the first on: not the level"
+    assert louder["energy_where_quiet"] == pytest.approx(20 * math.log10(2), abs=0.3)
+    inaudible = audio.distances(hiss, hiss + 1e-5 * noise, 8000)
+    assert max(inaudible.values()) < 0.1
 
 
 @pytest.mark.parametrize("old, new", [(48_000, 16_000), (44_100, 16_000), (16_000, 8000),
