@@ -24,6 +24,7 @@ import os
 import random
 import struct
 import wave
+from collections import Counter
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -35,9 +36,9 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 from prior import WaveNet
-from vqvae import (Encoder, Parser, count_codes, digest, fraction, launch, make_quantizer, path,
-                   perplexity, pick_device, plain, positive, prepare, read_run, reading, safe_name,
-                   smallest_int, to_unit)
+from vqvae import (Encoder, Parser, count_codes, digest, fraction, launch, loss_per_latent,
+                   make_quantizer, path, perplexity, pick_device, plain, positive, prepare,
+                   read_run, reading, safe_name, smallest_int, to_unit)
 
 PAPER = dict(steps=500_000, prior_steps=250_000, batch_size=16, lr=2e-4,
              sample_rate=16_000, num_codes=512, code_dim=64, hidden=256, channels=64,
@@ -61,7 +62,7 @@ PRESETS = {
     "paper-phonemes": dict(PAPER, strides=(2,) * 7 + (5,), num_codes=128,
                            experiments=["reconstruction", "phonemes"]),
 }
-EXPERIMENTS = ["reconstruction", "prior", "conversion", "phonemes", "babbling"]
+EXPERIMENTS = ["reconstruction", "prior", "conversion", "phonemes"]
 EMPHASIS = 0.85                                        # as in LPCNet (Valin and Skoglund, 2019)
 UNLABELLED = 255                                       # stands where no phone is known
 
@@ -71,25 +72,25 @@ def main(run, data):
     vqvae = fit_vqvae(run, data)                       # stage one: the prior is uniform
     codes = encode_all(run, vqvae, data)               # frozen from here on; all speech, once
     prior = fit_prior(run, data, codes)                # stage two, sec. 3.3: p(codes)
-    babbler = fit_babbler(run, data)                   # what it is compared with
     judge = fit_speaker_classifier(run, data)          # neither is a part of the model
     recogniser = fit_phone_recogniser(run, data)
     if run.rank != 0:
         return
-    clips = pick_clips(run, data, data.test)
+    windows = Windows(data.levels, data.test, run.args.clip, run.args.clip)
+    clips = Clips(*windows[spread(run, windows, run.args.test_clips)])
     metrics = code_usage(run, data, codes) | likelihoods(run, vqvae, data, clips)
 
     # Experiments 1 and 3: each clip is decoded in its own voice, column 0, and in others.
     others = few(run, min(8, len(data.speakers))) if judge else 1
     voices = (clips.speaker[:, None] + torch.arange(others)) % len(data.speakers)      # (M, V)
     drawn = decode_clips(run, vqvae, clips, voices)    # (M, V, T)
-    metrics |= distances(to_wave(clips.levels), to_wave(drawn[:, 0]), data.rate)
     save_reconstructions(run, data, clips, voices, drawn)
+    metrics |= distances(to_wave(clips.levels), to_wave(drawn[:, 0]), data.rate)
     if judge:
         metrics |= judge_conversions(run, judge, data, clips, voices, drawn)
     if prior:                                          # experiment 2
-        metrics |= prior_bits(run, prior, data, codes) | sample_unconditional(
-            run, vqvae, prior, babbler, data, recogniser, clips)
+        metrics |= prior_bits(run, prior, data, codes)
+        metrics |= sample_unconditional(run, vqvae, prior, data, clips, recogniser)
     if recogniser:                                     # experiment 4
         metrics |= read_phones(run, data, codes)
         metrics |= phone_errors(run, recogniser, data, clips, drawn)
@@ -97,7 +98,7 @@ def main(run, data):
 
 
 # ---------------------------------------------------------------------------------------------
-# The model
+# The model, and its two stages
 # ---------------------------------------------------------------------------------------------
 
 
@@ -120,14 +121,26 @@ class SpeechVQVAE(nn.Module):
         self.decoder = WaveNet(256, args.channels, args.layers, args.cycle,
                                skip_channels=args.skip_channels, cond_channels=args.channels,
                                num_speakers=speakers)
-        initialise(self, self.decoder)
+        # torch's own initialisation loses two thirds of the variance in each convolution: next to
+        # nothing of x gets through the encoder, the decoder learns to do without, all codes die.
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv1d):
+                nn.init.kaiming_normal_(layer.weight)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+        # Levels have an order, which an embedding would have to learn: initialise it, and the
+        # logits, as smooth functions of the level (cosines, the fast ones small).
+        level = (torch.arange(256) + 0.5) / 256
+        for weight, size in ((self.decoder.embed.weight, 1.4), (self.decoder.head[-1].weight, 0.3)):
+            k = torch.arange(weight.shape[1])
+            smooth = size * (math.pi * level[:, None] * k).cos() / (1 + k / 4)   # (256, channels)
+            weight.data.copy_(smooth.view_as(weight))
 
     def forward(self, x, speaker):
         """-> loss, nll (B, T) = -log p(x_t | x_<t, z_q, speaker) in nats, codes (B, N)."""
         q = self.quantizer(self.encoder(to_unit(x).unsqueeze(1)))      # z_q (B, D, N)
         nll = self.nll(x, q.z_q, speaker)
-        # All three terms of eq. 3 for each latent: the data term is what its samples cost.
-        return nll.sum() / q.codes.numel() + q.loss, nll, q.codes
+        return loss_per_latent(nll, q), nll, q.codes                   # eq. 3
 
     def nll(self, x, z_q, speaker):
         past = x.long()
@@ -158,63 +171,26 @@ class SpeechVQVAE(nn.Module):
                                    temperature, generator).to(torch.uint8)
 
 
-def initialise(model, decoder):
-    # torch's own initialisation loses two thirds of the variance in each convolution: next to
-    # nothing of x gets through the encoder, the decoder learns to do without, all codes die.
-    for layer in model.modules():
-        if isinstance(layer, nn.Conv1d):
-            nn.init.kaiming_normal_(layer.weight)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
-    # Levels have an order, which an embedding would have to learn: initialise it, and the logits,
-    # as smooth functions of the level (cosines, the fast ones small).
-    level = (torch.arange(256) + 0.5) / 256
-    for weight, size in ((decoder.embed.weight, 1.4), (decoder.head[-1].weight, 0.3)):
-        k = torch.arange(weight.shape[1])
-        smooth = size * (math.pi * level[:, None] * k).cos() / (1 + k / 4)     # (256, channels)
-        weight.data.copy_(smooth.view_as(weight))
-
-
-# ---------------------------------------------------------------------------------------------
-# The two stages
-# ---------------------------------------------------------------------------------------------
-
-
 def fit_vqvae(run, data):
     """Stage one. While the VQ-VAE is trained, the prior is "kept constant and uniform"."""
-    args = run.args
-    model = SpeechVQVAE(args, len(data.speakers))
-    train, valid = (Windows(data.levels, part, args.crop, max(1, data.hop // 4))
-                    for part in (data.train, data.valid))
-    run.say(f"{data.minutes(data.train):.1f} minutes of speech for training, "
-            f"{data.minutes(data.valid):.1f} for validation, {data.minutes(data.test):.1f} for "
-            f"testing; {len(data.speakers)} speakers, {data.rate / data.hop:g} codes per second; "
+    args, model = run.args, SpeechVQVAE(run.args, len(data.speakers))
+    minutes = [sum(length for _, length in part) / data.rate / 60
+               for part in (data.train, data.valid, data.test)]
+    run.say(f"{len(data.speakers)} speakers, {minutes[0]:.1f} minutes for training, "
+            f"{minutes[1]:.1f} for validation, {minutes[2]:.1f} for testing; "
+            f"{data.rate / data.hop:g} codes per second; "
             f"{sum(p.numel() for p in model.parameters()):,} parameters in the VQ-VAE, whose "
             f"decoder sees the last {model.decoder.receptive_field} samples")
-    model = run.fit("vqvae", model, lambda net, x, speaker: vqvae_loss(
-        net, x, speaker, args.num_codes), train, args.steps, args.batch_size, args.lr, valid)
-    return model.requires_grad_(False)
 
+    def loss(net, x, speaker, start):
+        loss, nll, codes = net(x, speaker)
+        return loss, {"bits_per_sample": nll.detach().mean() / math.log(2),
+                      "codes_used": count_codes(codes, args.num_codes)}
 
-def vqvae_loss(net, x, speaker, num_codes):
-    loss, nll, codes = net(x, speaker)
-    return loss, {"bits_per_sample": nll.detach().mean() / math.log(2),
-                  "codes_used": count_codes(codes, num_codes)}
-
-
-def fit_babbler(run, data):
-    """A WaveNet like the decoder's but without codes, trained for as long."""
-    args = run.args
-    if "babbling" not in args.experiments:
-        return None
-    net = WaveNet(256, args.channels, args.layers, args.cycle, skip_channels=args.skip_channels,
-                  num_speakers=len(data.speakers))
-    initialise(net, net)
     train, valid = (Windows(data.levels, part, args.crop, max(1, data.hop // 4))
                     for part in (data.train, data.valid))
-    return run.fit("babbler", net, lambda net, x, speaker: (
-        F.cross_entropy(net(x.long(), None, speaker).float(), x.long()), {}), train, args.steps,
-        args.batch_size, args.lr, valid).requires_grad_(False)
+    return run.fit("vqvae", model, loss, train, args.steps, args.batch_size, args.lr,
+                   valid).requires_grad_(False)
 
 
 def encode_all(run, vqvae, data):
@@ -245,7 +221,7 @@ def make_prior(args, length):
     return WaveNet(args.num_codes, C, 2 * cycle, cycle, skip_channels=2 * C)
 
 
-def prior_loss(net, codes, speaker=None):
+def prior_loss(net, codes, *_):
     loss = F.cross_entropy(net(codes.long()), codes.long())            # nats per code
     return loss, {"bits_per_code": loss.detach() / math.log(2)}
 
@@ -265,17 +241,20 @@ def few(run, n):
     return min(n, 2) if run.rehearsing else n
 
 
-def pick_clips(run, data, part):
-    """--test-clips of a part, evenly spread."""
-    windows = Windows(data.levels, part, run.args.clip, run.args.clip)
-    count = few(run, min(run.args.test_clips, len(windows)))
-    index = torch.linspace(0, len(windows) - 1, count).long()
-    return Clips(*windows[index], windows.start(index)[0])
+def spread(run, windows, count):
+    """The numbers of so many windows, evenly spread."""
+    return torch.linspace(0, len(windows) - 1, few(run, min(count, len(windows)))).long()
+
+
+def in_batches(function, device, size, *tensors):
+    """torch.cat of function over CPU tensors, `size` rows at a time on the device."""
+    return torch.cat([function(*(x.to(device) for x in part)).cpu()
+                      for part in zip(*(x.split(size) for x in tensors))])
 
 
 def draw(run, vqvae, codes, speaker):
     """Speech for codes (B, N) in the voices (B,): (B, T) uint8."""
-    codes = codes[:, :2] if run.rehearsing else codes
+    codes = codes[:, :few(run, codes.shape[1])]
     run.say(f"drawing {len(codes)} x {codes.shape[1] * vqvae.hop} samples of speech")
     generator = torch.Generator(run.device).manual_seed(run.args.seed)
     return in_batches(lambda c, s: vqvae.sample(c, s, run.args.temperature, generator),
@@ -294,40 +273,34 @@ def decode_clips(run, vqvae, clips, voices):
 
 def save_reconstructions(run, data, clips, voices, drawn):
     """The paper's fig. 6, for a clip of each of up to four speakers."""
-    rows, names, files = [], data.speakers, file_names(data.speakers)
+    rows, files = [], file_names(data.speakers)
     for s in clips.speaker.unique()[:4].tolist():
         i = int((clips.speaker == s).nonzero()[0])
-        rows.append([(f"original: {names[s]}", f"{files[s]}_original", to_wave(clips.levels[i]))])
+        rows.append([(f"original: {data.speakers[s]}", f"{files[s]}_original",
+                      to_wave(clips.levels[i]))])
         for k, x in zip(voices[i].tolist(), to_wave(drawn[i, :2])):
-            rows[-1].append((f"decoded as {names[k]}", f"{files[s]}_as_{files[k]}", x))
+            rows[-1].append((f"decoded as {data.speakers[k]}", f"{files[s]}_as_{files[k]}", x))
     sheet(run.write, "reconstructions", data.rate, rows)
 
 
-def sample_unconditional(run, vqvae, prior, babbler, data, recogniser, clips):
+def sample_unconditional(run, vqvae, prior, data, clips, recogniser):
     """Experiment 2, speech from nothing: codes from the prior, then x ~ p(x | codes, speaker).
 
     "While samples drawn from even the best speech models like the original WaveNet sound like
     babbling, samples from VQ-VAE contain clear words": in the demo's language that is counted.
     """
-    count, N = len(clips.levels), few(run, run.args.clip // data.hop)
-    generator = torch.Generator(run.device).manual_seed(run.args.seed)
-    codes = prior.sample(count, N, generator=generator).cpu()
-    sounds = {"sample": draw(run, vqvae, codes, clips.speaker)}
-    if babbler:
-        sounds["babble"] = babbler.sample(
-            count, N * data.hop, None, clips.speaker.to(run.device), run.args.temperature,
-            generator).to(torch.uint8).cpu()
-    rows, files = [], file_names(data.speakers)
-    for s in clips.speaker.unique()[:4].tolist():
-        i = int((clips.speaker == s).nonzero()[0])
-        rows.append([({"sample": "codes from the prior", "babble": "WaveNet without codes"}[name]
-                      + f", voice {data.speakers[s]}", f"{name}_{files[s]}", to_wave(x[i]))
-                     for name, x in sounds.items()])
-    sheet(run.write, "samples", data.rate, rows)
+    N, generator = run.args.clip // data.hop, torch.Generator(run.device)
+    codes = prior.sample(len(clips.levels), few(run, N),
+                         generator=generator.manual_seed(run.args.seed)).cpu()
+    drawn, files = draw(run, vqvae, codes, clips.speaker), file_names(data.speakers)
+    of_speaker = {s: i for i, s in enumerate(clips.speaker.tolist())}
+    sheet(run.write, "samples", data.rate, [
+        [(f"codes from the prior, voice {data.speakers[s]}", f"sample_{files[s]}",
+          to_wave(drawn[i]))] for s, i in [*of_speaker.items()][:4]])
     if not recogniser or run.args.data:
         return {}
     return {f"in_words_{name}": share_in_words(recognise(run, recogniser, x), data.phones)
-            for name, x in {"real": clips.levels, **sounds}.items()}
+            for name, x in (("real", clips.levels), ("sampled", drawn))}
 
 
 def read_phones(run, data, codes):
@@ -343,15 +316,23 @@ def read_phones(run, data, codes):
             "phone_baseline": phone_accuracy(most_likely, *aligned(data.test))}
 
 
+def phone_table(codes, phones, num_codes, num_phones):
+    """How often each code meets each phone: (K, phones). Experiment 4 maps a code to its largest
+    entry, "the conditionally most likely phoneme"."""
+    known, table = phones != UNLABELLED, torch.zeros(num_codes, num_phones)
+    return table.index_put_((codes[known].long(), phones[known].long()), torch.ones(()),
+                            accumulate=True)
+
+
+def phone_accuracy(table, codes, phones):
+    """Share of the phones with a label that the codes predict."""
+    right = table.argmax(1)[codes.long()] == phones
+    return right[phones != UNLABELLED].float().mean().item()
+
+
 # ---------------------------------------------------------------------------------------------
 # Measurements
 # ---------------------------------------------------------------------------------------------
-
-
-def in_batches(function, device, size, *tensors):
-    """torch.cat of function over CPU tensors, `size` rows at a time on the device."""
-    return torch.cat([function(*(x.to(device) for x in part)).cpu()
-                      for part in zip(*(x.split(size) for x in tensors))])
 
 
 def code_usage(run, data, codes):
@@ -365,67 +346,39 @@ def code_usage(run, data, codes):
 def likelihoods(run, vqvae, data, clips):
     """Bits per sample, teacher-forced. If the decoder depends on its codes and on its speaker,
     those of another utterance, or of another voice, cost more."""
-    x, speaker, S = clips.levels, clips.speaker, len(data.speakers)
-    codes = in_batches(vqvae.encode, run.device, 16, x)
+    codes, S = in_batches(vqvae.encode, run.device, 16, clips.levels), len(data.speakers)
 
     def bits(codes, speaker):
-        return in_batches(vqvae.bits, run.device, 4, x, codes, speaker).mean().item()
+        return in_batches(vqvae.bits, run.device, 4, clips.levels, codes, speaker).mean().item()
 
-    found = {"bits_per_sample": bits(codes, speaker),
-             "bits_per_sample_other_codes": bits(codes.roll(1, 0), speaker)}
-    if S > 1:
-        found["bits_per_sample_wrong_speaker"] = bits(codes, (speaker + 1) % S)
-    return found
+    found = {"bits_per_sample": bits(codes, clips.speaker),
+             "bits_per_sample_other_codes": bits(codes.roll(1, 0), clips.speaker)}
+    return found if S == 1 else found | {
+        "bits_per_sample_wrong_speaker": bits(codes, (clips.speaker + 1) % S)}
 
 
 def prior_bits(run, prior, data, codes):
     """What a code of test speech costs under the prior."""
     N = run.args.clip // data.hop
     windows = Windows(codes, data.in_codes(data.test), N, N)
-    pieces, _ = windows[torch.arange(len(windows))]
     bits = in_batches(lambda z: prior_loss(prior, z)[1]["bits_per_code"].expand(len(z)),
-                      run.device, 64, pieces)
+                      run.device, 64, windows[torch.arange(len(windows))][0])
     return {"prior_bits_per_code": bits.mean().item()}
 
 
-def phone_table(codes, phones, num_codes, num_phones):
-    """How often each code meets each phone: (K, phones). Experiment 4 maps a code to its largest
-    entry, "the conditionally most likely phoneme"."""
-    known = phones != UNLABELLED
-    table = torch.zeros(num_codes, num_phones)
-    return table.index_put_((codes[known].long(), phones[known].long()), torch.ones(()),
-                            accumulate=True)
-
-
-def phone_accuracy(table, codes, phones):
-    """Share of the phones with a label that the codes predict."""
-    right = table.argmax(1)[codes.long()] == phones
-    return right[phones != UNLABELLED].float().mean().item()
-
-
-def pitch(x, rate):
-    """Median pitch in Hz of the voiced frames of each x (B, T) in [-1, 1]: (B,), NaN if none.
-
-    By autocorrelation: a frame is voiced if some delay of 1/400 to 1/60 s repeats it well.
-    """
-    size, first = rate // 16, rate // 400              # 62 ms: four periods at 64 Hz
-    x = F.pad(x, (0, max(0, size - x.shape[1])))
-    frames = x.unfold(1, size, size // 4)              # (B, frames, size)
-    power = torch.fft.rfft(frames - frames.mean(2, keepdim=True), 2 * size).abs().square()
-    r = torch.fft.irfft(power)[..., :size]             # (B, frames, delays)
-    peak, delay = r[..., first:rate // 60].max(2)
-    voiced = (r[..., 0] > 0.05 * r[..., 0].amax(1, keepdim=True)) & (peak > 0.5 * r[..., 0])
-    return torch.where(voiced, rate / (delay + first), math.nan).nanmedian(1).values
+def spectrum(x, step):
+    """(B, T) -> magnitudes (B, 129, frames) of windows of 256 samples."""
+    return torch.stft(x, 256, step, window=torch.hann_window(256, device=x.device),
+                      pad_mode="constant", return_complex=True).abs()
 
 
 def mel(rate, bands=32):
     """Triangular filters, evenly spaced on the mel scale, for `spectrum`: (bands, 129)."""
     top = 2595 * math.log10(1 + rate / 1400)           # of rate / 2
     edges = 700 * (10 ** (torch.linspace(0, top, bands + 2) / 2595) - 1)       # Hz
+    left, middle, right = edges[:-2, None], edges[1:-1, None], edges[2:, None]
     f = torch.linspace(0, rate / 2, 129)
-    up, down = ((f - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None],
-                (edges[2:, None] - f) / (edges[2:] - edges[1:-1])[:, None])
-    return torch.minimum(up, down).clamp(min=0)
+    return torch.minimum((f - left) / (middle - left), (right - f) / (right - middle)).clamp(min=0)
 
 
 def distances(x, y, rate):
@@ -444,9 +397,23 @@ def distances(x, y, rate):
             "energy_where_quiet": (b - a)[quiet].mean().item()}
 
 
+def pitch(x, rate):
+    """Median pitch in Hz of the voiced frames of each x (B, T) in [-1, 1]: (B,), NaN if none.
+
+    By autocorrelation: a frame is voiced if some delay of 1/400 to 1/60 s repeats it well.
+    """
+    size, first = rate // 16, rate // 400              # 62 ms: four periods at 64 Hz
+    x = F.pad(x, (0, max(0, size - x.shape[1])))
+    frames = x.unfold(1, size, size // 4)              # (B, frames, size)
+    power = torch.fft.rfft(frames - frames.mean(2, keepdim=True), 2 * size).abs().square()
+    r = torch.fft.irfft(power)[..., :size]             # (B, frames, delays)
+    peak, delay = r[..., first:rate // 60].max(2)
+    voiced = (r[..., 0] > 0.05 * r[..., 0].amax(1, keepdim=True)) & (peak > 0.5 * r[..., 0])
+    return torch.where(voiced, rate / (delay + first), math.nan).nanmedian(1).values
+
+
 class SpeakerClassifier(nn.Sequential):
-    """A small network on the log spectrogram, trained on real utterances to recognise who
-    speaks, to judge converted ones."""
+    """Who speaks: a small network on the log spectrogram, trained on real utterances."""
 
     def __init__(self, speakers):
         super().__init__(nn.Conv1d(129, 64, 3, 2, 1), nn.GroupNorm(8, 64), nn.ReLU(),
@@ -458,21 +425,9 @@ class SpeakerClassifier(nn.Sequential):
         return super().forward((spectrum(to_wave(x), 128) + 0.1).log())
 
 
-def fit_speaker_classifier(run, data):
-    """None where there is no conversion to judge."""
-    args, S = run.args, len(data.speakers)
-    if S == 1 or "conversion" not in args.experiments:
-        return None
-    train, valid = (Windows(data.levels, part, args.clip, data.hop)
-                    for part in (data.train, data.valid))
-    return run.fit("speakers", SpeakerClassifier(S), lambda net, x, speaker: (
-        F.cross_entropy(net(x), speaker), {}), train, min(args.steps, 3000, 100 + 25 * S),
-        args.batch_size, 1e-3, valid).requires_grad_(False)
-
-
 class PhoneRecogniser(nn.Sequential):
-    """A small network on the log-mel spectrogram, trained on real utterances with labels: which
-    phone is being spoken, 100 times a second. It judges drawn speech and is not told of codes."""
+    """Which phone is being spoken, 100 times a second: a small network on the log-mel spectrogram,
+    trained on real utterances with labels."""
 
     def __init__(self, phones, rate, hidden=96):
         super().__init__(nn.Conv1d(32, hidden, 5, padding=2), nn.ReLU(),
@@ -483,27 +438,43 @@ class PhoneRecogniser(nn.Sequential):
         self.register_buffer("filters", mel(rate), persistent=False)
 
     def forward(self, x):                              # (B, T) levels -> (B, phones, frames)
-        # Some noise in training, more or less of it: else hiss would pass for a fricative.
         x = to_wave(x)
-        if self.training:
+        if self.training:                              # else hiss would pass for a fricative
             x = x + 0.02 * torch.rand(len(x), 1, device=x.device) ** 2 * torch.randn_like(x)
         return super().forward((self.filters @ spectrum(x, self.step) + 0.03).log())
 
 
-def fit_phone_recogniser(run, data):
-    """None where no phones are known."""
+def fit_judge(run, data, stage, net, loss, steps):
+    """Stages that belong to no model: they judge what is drawn, and see real speech only."""
     args = run.args
-    if not data.phones or "phonemes" not in args.experiments:
-        return None
-    net = PhoneRecogniser(len(data.phones), data.rate)
-    train, valid = (LabelledWindows(data, part, args.clip, data.hop, net.step)
+    train, valid = (Windows(data.levels, part, args.clip, data.hop)
                     for part in (data.train, data.valid))
-    return run.fit("phones", net, recogniser_loss, train, min(args.steps, 400), args.batch_size,
-                   2e-3, valid).requires_grad_(False)
+    return run.fit(stage, net, loss, train, min(args.steps, steps), args.batch_size, 2e-3,
+                   valid).requires_grad_(False)
 
 
-def recogniser_loss(net, x, phones):
-    logits, known = net(x)[..., :phones.shape[1]], phones != UNLABELLED
+def fit_speaker_classifier(run, data):
+    S = len(data.speakers)
+    if S == 1 or "conversion" not in run.args.experiments:
+        return None
+    return fit_judge(run, data, "speakers", SpeakerClassifier(S), lambda net, x, speaker, start: (
+        F.cross_entropy(net(x), speaker), {}), min(3000, 100 + 25 * S))
+
+
+def fit_phone_recogniser(run, data):
+    if not data.phones or "phonemes" not in run.args.experiments:
+        return None
+
+    def loss(net, x, speaker, start):
+        phones = data.phones_of(start.cpu(), x.shape[1], recogniser.step)
+        return recogniser_loss(net(x), phones.to(x.device))
+
+    recogniser = PhoneRecogniser(len(data.phones), data.rate)
+    return fit_judge(run, data, "phones", recogniser, loss, 400)
+
+
+def recogniser_loss(logits, phones):
+    logits, known = logits[..., :phones.shape[1]], phones != UNLABELLED
     nats = F.cross_entropy(logits, phones.long(), ignore_index=UNLABELLED, reduction="sum")
     right = (logits.argmax(1) == phones) & known
     return nats / known.sum().clamp(min=1), {"accuracy": right.sum() / known.sum().clamp(min=1)}
@@ -512,6 +483,22 @@ def recogniser_loss(net, x, phones):
 def recognise(run, recogniser, x):
     """(M, T) levels -> the phone of each frame (M, frames)."""
     return in_batches(lambda x: recogniser(x).argmax(1), run.device, 64, x)
+
+
+def phone_errors(run, recogniser, data, clips, drawn):
+    """Share of frames, of those with a label, in which the recogniser finds another phone: in
+    originals, in reconstructions and in conversions drawn (M, V, T)."""
+    M, V, T = drawn.shape
+    spoken = data.phones_of(clips.start, T, recogniser.step)
+
+    def error(x, phones):
+        wrong = recognise(run, recogniser, x)[:, :phones.shape[1]] != phones
+        return wrong[phones != UNLABELLED].float().mean().item()
+
+    found = {"phone_error_original": error(clips.levels[:, :T], spoken),
+             "phone_error_reconstructed": error(drawn[:, 0], spoken)}
+    return found if V == 1 else found | {"phone_error_converted": error(
+        drawn[:, 1:].flatten(0, 1), spoken.repeat_interleave(V - 1, 0))}
 
 
 def share_in_words(found, names, shortest=3):
@@ -529,57 +516,25 @@ def share_in_words(found, names, shortest=3):
     return inside / max(1, total)
 
 
-def phone_errors(run, recogniser, data, clips, drawn):
-    """Share of frames, of those with a label, in which the recogniser finds another phone: in
-    originals, in reconstructions and in conversions drawn (M, V, T)."""
-    T = drawn.shape[2]
-    spoken = data.phone_at(clips.start[:, None] + torch.arange(0, T, recogniser.step))
-
-    def error(x, phones):
-        wrong = recognise(run, recogniser, x)[:, :phones.shape[1]] != phones
-        return wrong[phones != UNLABELLED].float().mean().item()
-
-    found = {"phone_error_original": error(clips.levels[:, :T], spoken),
-             "phone_error_reconstructed": error(drawn[:, 0], spoken)}
-    if drawn.shape[1] > 1:
-        found["phone_error_converted"] = error(
-            drawn[:, 1:].flatten(0, 1), spoken.repeat_interleave(drawn.shape[1] - 1, 0))
-    return found
-
-
 def judge_conversions(run, judge, data, clips, voices, drawn):
     """Is the voice that of the target speaker? drawn (M, V, T) in the voices (M, V), of which
     column 0 is the clip's own."""
     def accuracy(x, speaker):
         return (in_batches(judge, run.device, 64, x).argmax(1) == speaker).float().mean().item()
 
-    target, S = voices[:, 1:], len(data.speakers)
-    got = pitch(to_wave(drawn[:, 1:].flatten(0, 1)), data.rate).view_as(target)
-    typical = torch.full((S,), math.nan)
-    for s in voices.unique().tolist():                 # of training speech
-        windows = Windows(data.levels, data.train[s:s + 1], run.args.clip, run.args.clip)
-        some = torch.linspace(0, len(windows) - 1, few(run, min(8, len(windows)))).long()
-        if len(some):
-            typical[s] = pitch(to_wave(windows[some][0]), data.rate).nanmedian()
+    target, converted = voices[:, 1:].flatten(), drawn[:, 1:].flatten(0, 1)
+    got, real = (pitch(to_wave(x), data.rate) for x in (converted, clips.levels))
+    typical = torch.stack([real[clips.speaker == s].nanmedian() if (clips.speaker == s).any()
+                           else torch.tensor(math.nan) for s in range(len(data.speakers))])
     off = 12 * (got / typical[target]).log2().abs()    # semitones
-    found = {"real_speaker_accuracy": accuracy(clips.levels, clips.speaker),
-             "converted_speaker_accuracy": accuracy(drawn[:, 1:].flatten(0, 1), target.flatten()),
-             "converted_pitch_error": off.nanmean().item()}
-    for s in voices.unique().tolist():
-        found[f"pitch_{data.speakers[s]}"] = typical[s].item()
-        found[f"pitch_as_{data.speakers[s]}"] = got[target == s].nanmedian().item()
-    return found
+    return {"real_speaker_accuracy": accuracy(clips.levels, clips.speaker),
+            "converted_speaker_accuracy": accuracy(converted, target),
+            "converted_pitch_error": off.nanmean().item()}
 
 
 # ---------------------------------------------------------------------------------------------
 # Pictures and sounds
 # ---------------------------------------------------------------------------------------------
-
-
-def spectrum(x, step):
-    """(B, T) -> magnitudes (B, 129, frames) of windows of 256 samples."""
-    return torch.stft(x, 256, step, window=torch.hann_window(256, device=x.device),
-                      pad_mode="constant", return_complex=True).abs()
 
 
 def sheet(write, name, rate, rows):
@@ -633,17 +588,20 @@ class Trained(NamedTuple):
     prior: nn.Module       # None if the run had no such experiment
     speakers: list
     args: object
+    device: torch.device
 
     def encode(self, x, rate):
         """A recording (T,) at any rate -> its codes (N,), a code for every hop of samples."""
-        return self.vqvae.encode(self.levels(x, rate)[None])[0]
+        return self.vqvae.encode(self.levels(x, rate))[0]
 
     def decode(self, codes, speaker, temperature=None, generator=None):
         """Codes (N,) or (B, N) -> waves (T,) or (B, T) in the voice of a speaker, or of B of
         them, by name."""
         batch = torch.as_tensor(codes, device=self.device).view(-1, codes.shape[-1])
         names = [speaker] * len(batch) if isinstance(speaker, str) else speaker
-        who = torch.tensor([self.voice(name) for name in names], device=self.device)
+        for name in {*names} - {*self.speakers}:
+            raise ValueError(f"no speaker {name} in this run, but {', '.join(self.speakers[:20])}")
+        who = torch.tensor([self.speakers.index(name) for name in names], device=self.device)
         x = self.vqvae.sample(batch, who, temperature or self.args.temperature, generator)
         return to_wave(x.cpu()).view(*codes.shape[:-1], -1)
 
@@ -652,34 +610,22 @@ class Trained(NamedTuple):
         if self.prior is None:
             raise ValueError("this run has no prior: it was not among its --experiments")
         N = max(1, round(seconds * self.args.sample_rate / self.vqvae.hop))
-        codes = self.prior.sample(n, N, generator=generator)
         names = [speaker or self.speakers[i % len(self.speakers)] for i in range(n)]
-        return self.decode(codes, names, temperature, generator)
+        return self.decode(self.prior.sample(n, N, generator=generator), names, temperature,
+                           generator)
 
     def likeliest_voice(self, x, rate):
         """The speaker under whom p(x | codes, speaker) is largest, over the first four seconds."""
-        hop = self.vqvae.hop
-        x = self.levels(x, rate)[None, :max(1, 4 * self.args.sample_rate // hop) * hop]
+        x = self.levels(x[:4 * rate], rate)
         codes = self.vqvae.encode(x)
-        bits = [self.vqvae.bits(x, codes, torch.tensor([s], device=self.device)).item()
-                for s in range(len(self.speakers))]
-        return self.speakers[bits.index(min(bits))]
+        return min(self.speakers, key=lambda name: self.vqvae.bits(
+            x, codes, torch.tensor([self.speakers.index(name)], device=self.device)).item())
 
-    def levels(self, x, rate):
+    def levels(self, x, rate):                         # (T,) at `rate` -> (1, N * hop)
         if not len(x):
             raise ValueError("a recording without any sound in it")
         x = torch.from_numpy(resample(np.asarray(x, np.float32), rate, self.args.sample_rate))
-        return to_levels(F.pad(x, (0, -len(x) % self.vqvae.hop))).to(self.device)
-
-    def voice(self, speaker):
-        if speaker not in self.speakers:
-            raise ValueError(f"no speaker {speaker} in this run; it has "
-                             f"{', '.join(self.speakers[:20])}" + " .." * (len(self.speakers) > 20))
-        return self.speakers.index(speaker)
-
-    @property
-    def device(self):
-        return self.vqvae.quantizer.codebook.device
+        return to_levels(F.pad(x, (0, -len(x) % self.vqvae.hop)))[None].to(self.device)
 
 
 def load(folder="runs/audio", device="auto"):
@@ -693,7 +639,7 @@ def load(folder="runs/audio", device="auto"):
         for model, state in zip(models, weights):
             model.load_state_dict(state)
             model.to(device).eval().requires_grad_(False)
-    return Trained(*(models + [None])[:2], facts["speakers"], args)
+    return Trained(*(models + [None])[:2], facts["speakers"], args, device)
 
 
 def use(args):
@@ -703,9 +649,8 @@ def use(args):
     if args.convert and args.to is None:
         raise ValueError(f"--convert needs --to, one of {', '.join(model.speakers[:20])}")
     if args.sample:
-        waves = model.sample(args.sample, args.to, model.args.clip / rate, args.temperature,
-                             generator)
-        for i, x in enumerate(waves):
+        for i, x in enumerate(model.sample(args.sample, args.to, model.args.clip / rate,
+                                           args.temperature, generator)):
             name = args.to or model.speakers[i % len(model.speakers)]
             rows.append([(f"codes from the prior, voice {name}", f"new_{i}", x)])
     for file in map(Path, (args.reconstruct or []) + (args.convert or [])):
@@ -714,7 +659,7 @@ def use(args):
         print(f"{file}: {len(x) / old:.1f} s, in the voice {name}", flush=True)
         y = model.decode(model.encode(x, old), name, args.temperature, generator)
         rows.append([(f"original: {file.name}", f"{safe_name(file.stem)}_original",
-                      to_wave(model.levels(x, old).cpu())),
+                      to_wave(model.levels(x, old)[0].cpu())),
                      (f"decoded as {name}", f"{safe_name(file.stem)}_as_{safe_name(name)}", y)])
 
     def write(name, writer):
@@ -731,14 +676,13 @@ def use(args):
 
 
 def to_levels(x):
-    """A recording (T,) float in [-1, 1] -> what the model works on, (T,) uint8: the high
-    frequencies raised, brought to one loudness, and mu-law.
+    """A recording (T,) in [-1, 1] -> what the model works on, (T,) uint8: high frequencies raised,
+    one loudness for all, mu-law.
 
-    Neither is in the paper. Speech falls by some 6 dB per octave, and the noise of mu-law and of
-    sampling does not: at high frequencies it is what one hears. Raised before and lowered after,
-    the noise falls as the speech does.
+    Only mu-law is in the paper. Speech falls by some 6 dB per octave, but the noise of mu-law and
+    of sampling does not: at high frequencies one hears it. If they are raised before and lowered
+    after, the noise falls as speech does.
     """
-    x = x.float()
     y = x - EMPHASIS * F.pad(x, (1, -1))
     power = F.pad(y, (0, -len(y) % 256)).view(-1, 256).square().mean(1)
     loud = power[power >= power.amax() / 100] if len(y) else power     # pauses do not count
@@ -748,8 +692,8 @@ def to_levels(x):
 def to_wave(levels):
     """Levels (..., T) -> float32 (..., T) in [-1, 1], the frequencies as they were."""
     y = inverse_mu_law(levels)
-    decay = EMPHASIS ** torch.arange(127, -1, -1, device=y.device).float()    # of an echo
-    x = F.conv1d(F.pad(y.reshape(-1, 1, y.shape[-1]), (127, 0)), decay.view(1, 1, -1))
+    echo = EMPHASIS ** torch.arange(127, -1, -1, device=y.device).float()
+    x = F.conv1d(F.pad(y.reshape(-1, 1, y.shape[-1]), (127, 0)), echo.view(1, 1, -1))
     return (0.3 * x).clamp(-1, 1).view(y.shape)
 
 
@@ -767,18 +711,14 @@ def inverse_mu_law(levels):
 
 def resample(x, old, new):
     """x (T,) at `old` Hz -> (ceil(T * new / old),) at `new` Hz, both float32: its spectrum, cut
-    off at the new rate's half or filled up to it with zeros. Block by block: the memory it takes
-    does not grow with T."""
-    g = math.gcd(old, new)
-    M, L = old // g, new // g                          # M samples become L
+    off at the new rate's half or filled up to it with zeros. Long recordings block by block."""
+    M, L = (rate // math.gcd(old, new) for rate in (old, new))         # M samples become L
     if M == L or not len(x):
         return x
-    # Blocks of n * M samples, a power of two where M is one; an eighth of each end is thrown away.
+    # Blocks of n * M samples, of which an eighth at both ends is thrown away.
     n = 2 ** max(3, math.ceil(math.log2(min(1.5 * len(x) + 8 * M, 2 ** 18) / M)))
-    edge, length = n // 8, -(-len(x) * L // M)
-    step = (n - 2 * edge) * M
-    x = np.pad(x, (edge * M, step + edge * M))
-    blocks = []
+    edge, step, length = n // 8, (n - n // 8 * 2) * M, -(-len(x) * L // M)
+    x, blocks = np.pad(x, (edge * M, step + edge * M)), []
     for at in range(0, len(x) - n * M + 1, step):
         spectrum = np.fft.rfft(x[at:at + n * M])[:n * L // 2 + 1]
         blocks.append(np.fft.irfft(spectrum, n * L)[edge * L:-edge * L].astype(np.float32))
@@ -787,25 +727,20 @@ def resample(x, old, new):
 
 def read_sound(path):
     """A WAV or FLAC file -> (T,) float32 in [-1, 1], the mean of all channels, and its rate."""
-    path = Path(path)
-    if path.suffix.lower() == ".flac" and soundfile():
+    if Path(path).suffix.lower() == ".flac":
+        try:
+            import soundfile
+        except (ImportError, OSError):                 # OSError: without its C library
+            raise ValueError(f"{path}: FLAC needs pip install soundfile; or convert each file with "
+                             "ffmpeg -i in.flac out.wav") from None
         with reading(path):
-            x, rate = soundfile().read(path, dtype="float32", always_2d=True)
+            x, rate = soundfile.read(path, dtype="float32", always_2d=True)
         x = x.mean(1)
     else:
         x, rate = read_wav(path)
     if not 1000 <= rate <= 384_000:
         raise ValueError(f"{path}: {rate} samples per second; reads 1,000 to 384,000")
     return x, rate
-
-
-def soundfile():
-    """The package that reads FLAC, if it is installed."""
-    try:
-        import soundfile
-        return soundfile
-    except (ImportError, OSError):                     # OSError: without its C library
-        return None
 
 
 def read_wav(path):
@@ -818,18 +753,17 @@ def read_wav(path):
         found[name] = at + 8
         at += 8 + size + size % 2
     fmt = data[found.get(b"fmt ", len(data)):]
-    if data[:4] + data[8:12] != b"RIFFWAVE" or b"data" not in found or len(fmt) < 16:
+    if data[:4] + data[8:12] != b"RIFFWAVE" or b"data" not in found or len(fmt) < 26:
         raise ValueError(f"{path}: not a readable PCM WAV file (its header is incomplete); "
                          "ffmpeg -i in.wav -c:a pcm_s16le out.wav makes one")
     tag, channels, rate, _, frame, bits = struct.unpack_from("<HHIIHH", fmt)
     # "Extensible" PCM, what 24-bit files usually are: the same samples under another tag.
-    tag = struct.unpack_from("<H", fmt, 24)[0] if tag == 0xfffe and len(fmt) >= 26 else tag
-    width = frame // channels if channels else 0
+    tag = struct.unpack_from("<H", fmt, 24)[0] if tag == 0xfffe else tag
+    width = frame // max(1, channels)
     if tag != 1 or not 1 <= width <= 4 or width * channels != frame:
         raise ValueError(f"{path}: {channels} channels of {bits} bits, format {tag}; reads PCM "
                          "(format 1) of 8, 16, 24 and 32 bits")
-    # A program that streams its output does not know the size when it writes the header: 0, or
-    # more than there is, means everything up to the end.
+    # Whoever streams does not know the size yet when the header is written: 0 means up to the end.
     first = found[b"data"]
     size = struct.unpack_from("<I", data, first - 4)[0] or len(data)
     raw = np.frombuffer(data, np.uint8)[first:first + size]
@@ -853,19 +787,19 @@ def write_wav(file, x, rate):
 
 
 class Speech(NamedTuple):
-    """All speech, recordings and speakers joined end to end. An utterance's length does not
-    matter then: windows are cut anywhere within a stretch."""
+    """All recordings joined end to end. An utterance's length does not matter then: windows are
+    cut anywhere within a stretch (first, length), of which each speaker has one in each part."""
 
     levels: torch.Tensor  # (S,) uint8, memory-mapped where it comes from files
-    train: list           # (first, length) for each speaker, multiples of the hop
+    train: list
     valid: list
     test: list
     speakers: list        # names
     phones: list          # names, [] without labels
-    ends: torch.Tensor    # (L,) where each phone ends in the stream, in order
+    ends: torch.Tensor    # (L,) where each phone ends in the stream
     spoken: torch.Tensor  # (L,) uint8 which phone that is, or UNLABELLED
     rate: int             # Hz
-    hop: int              # samples that share a code
+    hop: int              # samples that share a code; stretches are multiples of it
     longest: int          # the longest window that will be cut
 
     @property
@@ -880,9 +814,6 @@ class Speech(NamedTuple):
                                        for speaker, (first, length) in enumerate(stretches)]
                                 for part, stretches in zip(self._fields[1:4], self[1:4])})
 
-    def minutes(self, part):
-        return sum(length for _, length in part) / self.rate / 60
-
     def in_codes(self, part):
         """The same stretches in the stream of codes."""
         return [(first // self.hop, length // self.hop) for first, length in part]
@@ -894,10 +825,14 @@ class Speech(NamedTuple):
     def phone_at(self, samples):
         return self.spoken[torch.searchsorted(self.ends, samples, right=True)]
 
+    def phones_of(self, start, size, step):
+        """The phones at every step-th sample of windows: (B,) -> (B, ceil(size / step))."""
+        return self.phone_at(start[:, None] + torch.arange(0, size, step))
+
 
 class Windows(torch.utils.data.Dataset):
     """Every window of `size`, `step` apart, within stretches (first, length) of a stream:
-    windows[index] -> (B, size), and the stretch, that is the speaker, of each one (B,)."""
+    windows[index] -> (B, size), the stretch (the speaker) of each (B,), where it starts (B,)."""
 
     def __init__(self, stream, stretches, size, step):
         self.stream, self.size, self.step = stream, size, step
@@ -908,74 +843,51 @@ class Windows(torch.utils.data.Dataset):
     def __len__(self):
         return int(self.ends[-1])
 
-    def start(self, index):
+    def __getitem__(self, index):
         owner = torch.searchsorted(self.ends, index, right=True)
-        before = self.ends[owner] - self.counts[owner]
-        return self.first[owner] + (index - before) * self.step, owner
-
-    def __getitem__(self, index):
-        start, owner = self.start(index)
-        return self.stream[start[:, None] + torch.arange(self.size)], owner
-
-
-class LabelledWindows(Windows):
-    """windows[index] -> levels (B, size), and which phone is spoken every `frame` samples."""
-
-    def __init__(self, data, part, size, step, frame):
-        super().__init__(data.levels, part, size, step)
-        self.data, self.frame = data, torch.arange(0, size, frame)
-
-    def __getitem__(self, index):
-        levels, _ = super().__getitem__(index)
-        return levels, self.data.phone_at(self.start(index)[0][:, None] + self.frame)
+        start = self.first[owner] + (index - self.ends[owner] + self.counts[owner]) * self.step
+        return self.stream[start[:, None] + torch.arange(self.size)], owner, start
 
 
 def load_data(run):
     """The demo's speech or a folder's, cut into training, validation and test stretches."""
-    args, hop = run.args, math.prod(run.args.strides)
+    args, hop, at = run.args, math.prod(run.args.strides), 0
     for name in ("crop", "clip"):
         if getattr(args, name) % hop:
             raise ValueError(f"--{name} {getattr(args, name)} is not a multiple of {hop}, the "
                              "product of --strides")
     if args.labels and not args.data:
         raise ValueError("--labels belongs to --data; the demo has labels of its own")
-    levels, lengths, names, phones, ends, spoken = (read_folder if args.data else demo_data)(run)
-    train, valid, test, at = [], [], [], 0
-    longest = max(args.crop, args.clip)
+    levels, lengths, names, *labels = (read_folder if args.data else demo_data)(run)
+    train, valid, test, longest = [], [], [], max(args.crop, args.clip)
     for name, n in zip(names, lengths):                # the end of each speaker is for testing
         testing, validating = (max(args.clip + hop, n // part) for part in (10, 20))
         needed = testing + validating + longest + 2 * hop
         if n < needed:
             raise ValueError(f"speaker {name}: {n / args.sample_rate:.1f} s of speech, needs "
-                             f"{needed / args.sample_rate:.1f} s: one --clip for testing, one for "
+                             f"{needed / args.sample_rate:.1f} s: one --clip each for testing and "
                              "validation, and one (or one --crop) for training")
-        cuts = [at, at + n - testing - validating, at + n - testing, at + n]
-        cuts = [-(-cut // hop) * hop for cut in cuts[:3]] + [cuts[3] // hop * hop]
-        for part, first, last in zip((train, valid, test), cuts, cuts[1:]):
-            part.append((first, last - first))
+        cuts = [-(-(at + n - held) // hop) * hop for held in (n, testing + validating, testing)]
         at += n
-    return Speech(levels, train, valid, test, names, phones, ends, spoken, args.sample_rate, hop,
-                  longest)
+        for part, first, last in zip((train, valid, test), cuts, [*cuts[1:], at // hop * hop]):
+            part.append((first, last - first))
+    return Speech(levels, train, valid, test, names, *labels, args.sample_rate, hop, longest)
 
 
 def read_folder(run):
     """DIR/<speaker>/**/*.wav -> levels, how many of each speaker, speakers, phones, labels."""
-    root, rate, found = Path(run.args.data), run.args.sample_rate, find_recordings(run.args.data)
-    names = sorted({file.relative_to(root).parts[0] for file in found})
-    files = {name: [] for name in names}
-    for file in found:
-        files[file.relative_to(root).parts[0]].append(file)
-    for some in files.values():                        # else the test part would be the last words
-        random.Random(0).shuffle(some)
-    found = sum(files.values(), [])
-    key = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in found]
-    levels, lengths = prepare(run, f"recordings in {root}", repr((key, rate, EMPHASIS)),
-                              Recordings(found, rate), ())
-    run.say(f"{len(found)} recordings of {len(names)} speakers, at {rate} Hz (resampled where they "
-            "were not)")
-    counted = iter(lengths)
-    of_speaker = [sum(next(counted) for _ in files[name]) for name in names]
-    return levels, of_speaker, names, *label_stream(run, root, found, lengths)
+    root, rate, lengths = Path(run.args.data), run.args.sample_rate, Counter()
+    files = find_recordings(root)
+    random.Random(0).shuffle(files)                    # else the test part would be the last words
+    files.sort(key=lambda file: file.relative_to(root).parts[0])
+    key = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    levels, sizes = prepare(run, f"recordings in {root}", repr((key, rate, EMPHASIS)),
+                            Recordings(files, rate), ())
+    for file, size in zip(files, sizes):
+        lengths[file.relative_to(root).parts[0]] += size
+    run.say(f"{len(files)} recordings of {len(lengths)} speakers, at {rate} Hz (resampled where "
+            "they were not)")
+    return levels, lengths.values(), [*lengths], *label_stream(run, root, files, sizes)
 
 
 class Recordings:
@@ -988,41 +900,32 @@ class Recordings:
         return len(self.files)
 
     def __getitem__(self, i):
-        x, rate = read_sound(self.files[i])
-        return to_levels(torch.from_numpy(resample(x, rate, self.rate))).numpy()
+        return to_levels(torch.from_numpy(resample(*read_sound(self.files[i]), self.rate))).numpy()
 
 
 def find_recordings(root):
-    """All WAV and FLAC files below the speakers' folders; links are followed."""
-    if not os.path.isdir(root):
-        raise ValueError(f"--data {root}: no such folder")
-
+    """All WAV files below the speakers' folders, or all FLAC files; links are followed."""
     def fail(error):  # os.walk would skip a folder that it may not read
         raise error
 
-    found, seen, top = set(), set(), os.path.realpath(root)
+    if not root.is_dir():
+        raise ValueError(f"--data {root}: no such folder")
+    found, seen, top = [], set(), os.path.realpath(root)
     for folder, folders, names in os.walk(root, onerror=fail, followlinks=True):
         inside, real = Path(folder).relative_to(root).parts, os.path.realpath(folder)
-        place = inside[:1], real
-        if place in seen or inside and os.path.commonpath([real, top]) == real:
+        if (inside[:1], real) in seen or inside and os.path.commonpath([real, top]) == real:
             folders.clear()                            # a link has led back up
-            continue
-        seen.add(place)
-        found |= {Path(folder, n) for n in names if n.lower().endswith((".wav", ".flac"))}
-    # A FLAC whose WAV is beside it was converted.
-    flac = sorted(p for p in found if p.suffix.lower() == ".flac")
-    flac = [p for p in flac if p.with_suffix(".wav") not in found]
-    if flac and not soundfile():
-        raise ValueError(f"--data {root}: FLAC files, such as {flac[0]}; pip install soundfile, or "
-                         "convert each with ffmpeg -i in.flac out.wav")
-    found = sorted({p for p in found if p.suffix.lower() == ".wav"} | {*flac})
-    if not found:
-        raise ValueError(f"--data {root}: no WAV files; needs a folder of them for each speaker")
-    loose = [p for p in found if p.parent == Path(root)]
-    if loose:
-        raise ValueError(f"{loose[0]}: lies outside the speakers' folders; needs "
-                         f"{root}/<speaker>/*.wav")
-    return found
+        else:
+            found += [Path(folder, name) for name in names]
+        seen.add((inside[:1], real))
+    for kind in (".wav", ".flac"):
+        files = sorted(file for file in found if file.suffix.lower() == kind)
+        for loose in (file for file in files if file.parent == root):
+            raise ValueError(f"{loose}: lies outside the speakers' folders; needs "
+                             f"{root}/<speaker>/*.wav")
+        if files:
+            return files
+    raise ValueError(f"--data {root}: no WAV files; needs a folder of them for each speaker")
 
 
 def label_stream(run, root, files, lengths):
@@ -1031,8 +934,9 @@ def label_stream(run, root, files, lengths):
     rate, folder = run.args.sample_rate, run.args.labels
     for file, length in zip(files, lengths):
         lab = Path(folder, file.relative_to(root).with_suffix(".lab")) if folder else None
-        missing += bool(lab) and not lab.exists()
-        for start, end, phone in read_labels(lab, length / rate) if lab and lab.exists() else ():
+        known = lab and lab.exists()
+        missing += not known
+        for start, end, phone in read_labels(lab, length / rate) if known else ():
             if phone not in names:
                 names.append(phone)
             if len(names) > UNLABELLED:
@@ -1042,10 +946,10 @@ def label_stream(run, root, files, lengths):
         at += length
         ends.append(at)
         spoken.append(UNLABELLED)
-    if missing == len(files):
+    if folder and missing == len(files):
         raise ValueError(f"--labels {folder}: none of the {missing} recordings has any, such as "
                          f"{lab}")
-    if missing:
+    if folder and missing:
         run.say(f"{missing} of {len(files)} recordings have no .lab file and stay unlabelled")
     return names, torch.tensor(ends), torch.tensor(spoken, dtype=torch.uint8)
 
@@ -1061,16 +965,14 @@ def read_labels(lab, seconds):
         try:
             *times, phone = line.split()
             start, end = (last, *map(float, times))[-2:]
-            if not (len(times) in (1, 2) and last - 1e-3 <= start <= end):
+            if not (len(times) in (1, 2) and last - 1e-3 <= start <= end <= seconds + 0.05):
                 raise ValueError
         except ValueError:
-            raise ValueError(f"{lab}, line {number}: '{line.strip()}'; needs 'end phone' or "
-                             "'start end phone', in seconds, in order") from None
-        if end > seconds + 0.05:
-            raise ValueError(f"{lab}, line {number}: ends at {end:g} s, but its recording lasts "
-                             f"{seconds:.2f} s")
-        found.append((max(0, start), end, phone))
-        last = end
+            raise ValueError(f"{lab}, line {number}: '{line.strip()}'; needs 'end phone' or 'start "
+                             f"end phone', in seconds, in order, and its recording lasts "
+                             f"{seconds:.2f} s") from None
+        start, last = max(last, start), max(last, end)
+        found.append((start, last, phone))
     return found
 
 
@@ -1097,8 +999,7 @@ def make_parser():
     flag = parser.add_argument
     flag("--labels", type=path, metavar="DIR", help="phone alignments of --data: "
          "<speaker>/../<name>.lab with lines 'end phone' or 'start end phone', in seconds")
-    flag("--experiments", nargs="+", choices=EXPERIMENTS, default=EXPERIMENTS[:4],
-         help="default: all but babbling, a WaveNet without codes to compare samples with")
+    flag("--experiments", nargs="+", choices=EXPERIMENTS, default=EXPERIMENTS, help="default: all")
     flag("--sample-rate", type=hertz, help="Hz; files of another rate are resampled")
     flag("--strides", type=strides, help="of the encoder's convolutions (paper 2,2,2,2,2,2); their "
          "product is the hop, the samples that share a code")

@@ -237,11 +237,10 @@ def test_pitch_of_a_pulse_train_and_of_noise():
 
 def test_windows_stay_within_one_speaker():
     windows = audio.Windows(torch.arange(100), [(10, 10), (40, 3), (50, 7)], 4, 2)
-    index = torch.arange(len(windows))
-    starts, owners = windows.start(index)
+    cut, owners, starts = windows[torch.arange(len(windows))]
     assert starts.tolist() == [10, 12, 14, 16, 50, 52] and owners.tolist() == [0, 0, 0, 0, 2, 2]
-    cut, whose = windows[index[[5, 0]]]
-    assert cut.tolist() == [[52, 53, 54, 55], [10, 11, 12, 13]] and whose.tolist() == [2, 0]
+    cut, owners, _ = windows[torch.tensor([5, 0])]
+    assert cut.tolist() == [[52, 53, 54, 55], [10, 11, 12, 13]] and owners.tolist() == [2, 0]
 
 
 def test_phone_map_takes_the_likeliest_phone_and_skips_what_has_no_label():
@@ -286,22 +285,19 @@ def test_phones_are_read_on_test_speech_by_the_table_of_training_speech(tmp_path
 
 
 def test_conversions_are_judged_by_the_target_speaker(tmp_path):
-    waves, who, _ = audio.demo_speech(16, seed=1, seconds=1.0)
-    levels, who = torch.stack([audio.to_levels(x) for x in torch.from_numpy(waves)]), torch.tensor(who)
+    waves, who, _ = audio.demo_speech(8, seed=1, seconds=1.0)
+    levels = torch.stack([audio.to_levels(x) for x in torch.from_numpy(waves)])
     wanted = torch.tensor([v[0] for v in audio.VOICES.values()])
-    order = who.argsort(stable=True)                   # four seconds of each speaker
-    data = speech(levels[order].flatten(), train=[(k * 32_000, 32_000) for k in range(4)],
-                  speakers=list(audio.VOICES))
-    clips = audio.Clips(levels[:4], who[:4], None)
-    voices = (who[:4, None] + torch.arange(4)) % 4
+    clips = audio.Clips(levels[:4], torch.from_numpy(who[:4]), None)
+    voices = (clips.speaker[:, None] + torch.arange(4)) % 4
 
     def by_pitch(x):                                   # in place of the classifier
         found = audio.pitch(audio.to_wave(x), 8000)
         return -(found[:, None] / wanted).log2().abs()
 
     def judge(drawn):
-        return audio.judge_conversions(tiny_run(tmp_path, clip=8000), by_pitch, data, clips, voices,
-                                       drawn)
+        return audio.judge_conversions(tiny_run(tmp_path), by_pitch, speech(
+            levels.flatten(), speakers=list(audio.VOICES)), clips, voices, drawn)
 
     perfect = judge(levels[4:8][voices])               # each one in the target's voice
     assert perfect["real_speaker_accuracy"] == perfect["converted_speaker_accuracy"] == 1
@@ -310,7 +306,6 @@ def test_conversions_are_judged_by_the_target_speaker(tmp_path):
     assert none["converted_speaker_accuracy"] == 0
     semitones = 12 * (wanted[:, None] / wanted).log2().abs().sum() / 12        # over 12 pairs
     assert none["converted_pitch_error"] == pytest.approx(semitones.item(), abs=1)
-    assert none["pitch_soprano"] > 200 > none["pitch_as_soprano"]
 
 
 def test_phone_errors_are_those_of_the_frames_that_have_a_label(tmp_path):
@@ -334,11 +329,11 @@ def test_recogniser_learns_from_labelled_frames_only(tmp_path):
     x = torch.randint(256, (2, 800), dtype=torch.uint8)
     phones = torch.tensor([[0, 1, 2] + 7 * [audio.UNLABELLED], 10 * [audio.UNLABELLED]],
                           dtype=torch.uint8)
-    loss, stats = audio.recogniser_loss(net, x, phones)
+    loss, stats = audio.recogniser_loss(net(x), phones)
     p = net(x)[0, :, :3].softmax(0)                    # (phones, frames)
     assert loss.item() == pytest.approx(-p.diagonal().log().mean().item(), rel=1e-4)
     assert stats["accuracy"] == (p.argmax(0) == torch.arange(3)).float().mean()
-    nothing, _ = audio.recogniser_loss(net, x, torch.full_like(phones, audio.UNLABELLED))
+    nothing, _ = audio.recogniser_loss(net(x), torch.full_like(phones, audio.UNLABELLED))
     assert nothing == 0, "a batch without labels must not make the loss NaN"
 
 
@@ -383,9 +378,9 @@ def test_decoded_files_are_found_again_and_a_changed_one_is_noticed(tmp_path, mo
         patch.setattr(audio, "read_sound", None)
         second = loaded("--data", folder, "--sample-rate", "8000", **again)
     assert torch.equal(first.levels, second.levels) and first.facts == second.facts
-    save(folder / "ann/0.wav", np.zeros(9000))
+    save(folder / "ann/0.wav", np.ones(8000))          # as long as before
     third = loaded("--data", folder, "--sample-rate", "8000", **again)
-    assert len(third.levels) == len(first.levels) + 1000
+    assert third.facts["samples"] == first.facts["samples"] and third.facts != first.facts
 
 
 def test_prior_sees_the_whole_chunk():
@@ -487,7 +482,7 @@ def test_demo_runs_all_experiments_and_resumes(tmp_path):
     metrics = json.loads((tmp_path / "a/metrics.json").read_text())
     for name in ("bits_per_sample bits_per_sample_other_codes bits_per_sample_wrong_speaker "
                  "converted_speaker_accuracy phone_error_original phone_error_reconstructed "
-                 "phone_error_converted in_words_sample in_words_real phone_accuracy "
+                 "phone_error_converted in_words_sampled in_words_real phone_accuracy "
                  "phone_baseline codes_used num_codes prior_bits_per_code unigram_bits_per_code "
                  "seconds real_speaker_accuracy log_spectral_distance mel_cepstral_distortion "
                  "energy_where_quiet").split():
@@ -546,8 +541,8 @@ def test_odd_but_good_recordings_just_work(tmp_path, call):
     assert "26 recordings of 4 speakers, at 8000 Hz (resampled where they were not)" in text
     assert "24 of 26 recordings have no .lab file and stay unlabelled" in text
     assert metrics["bits_per_sample"] > 0 and metrics["phone_baseline"] >= 0
-    assert {f"pitch_{name}" for name in ("$a_1$", "bob", "c" * 130, latin.name)} <= {*metrics}
-    assert metrics["pitch_" + "c" * 130] is None, "silence has no pitch, and JSON no NaN"
+    facts = torch.load(tmp_path / "out/checkpoint.pt", weights_only=True)["facts"]
+    assert facts["speakers"] == ["$a_1$", "bob", latin.name, "c" * 130]
     assert len([*(tmp_path / "out").glob("*_original.wav")]) == 4
 
 
@@ -557,7 +552,8 @@ def test_one_speaker_has_nobody_to_convert_to(tmp_path, call):
 
 
 @pytest.mark.parametrize("flags", [
-    "--batch-size 1 --hidden 1 --channels 1 --prior-channels 1", "--clip 128 --crop 128 --num-codes 1",
+    "--batch-size 1 --hidden 1 --channels 1 --prior-channels 1",
+    "--clip 128 --crop 128 --num-codes 1",
     "--strides 3,1,5 --clip 2040 --crop 510 --codebook ema --layers 1 --cycle 1",
     "--sample-rate 1000 --strides 2 --test-clips 1 --clip 512"])
 def test_small_settings_run_to_the_end(call, flags):
@@ -604,7 +600,7 @@ def make(folder, kind):
 @pytest.mark.parametrize("kind", ["missing", "empty", "flac", "torn", "link", "float", "fast",
                                   "slow", "channels", "loose", "short"])
 def test_bad_data_gets_one_line(tmp_path, refused, kind, monkeypatch):
-    monkeypatch.setattr(audio, "soundfile", lambda: None)
+    monkeypatch.setitem(sys.modules, "soundfile", None)                # as if not installed
     data, wanted = make(tmp_path / "data", kind)
     assert wanted in refused("--data", data)
     assert not (tmp_path / "out").exists()
@@ -624,20 +620,19 @@ def test_folder_that_may_not_be_read_is_not_skipped(tmp_path, refused, monkeypat
 
 def test_flac_is_read_where_soundfile_is_installed(tmp_path, monkeypatch):
     """By a stand-in for the package, which takes the bytes for a WAV's."""
-    folder = speakers(tmp_path / "data", files=12)
-    for file in (folder / "ann").iterdir():
+    folder = speakers(tmp_path / "data")
+    for file in folder.rglob("*.wav"):
         file.rename(file.with_suffix(".flac"))
-    save(folder / "bob/0.flac", np.zeros(9))           # beside its WAV: converted, not read twice
 
     def read(path, dtype, always_2d):
         x, rate = audio.read_wav(path)
         return np.stack([x, 0 * x], 1), rate
 
-    monkeypatch.setattr(audio, "soundfile", lambda: SimpleNamespace(read=read))
+    monkeypatch.setitem(sys.modules, "soundfile", SimpleNamespace(read=read))
     found = audio.find_recordings(folder)
-    assert len(found) == 24 and sum(p.suffix == ".flac" for p in found) == 12
-    x, rate = audio.read_sound(folder / "ann/0.flac")
-    assert rate == 8000 and np.allclose(2 * x, audio.read_wav(folder / "ann/0.flac")[0], atol=1e-6)
+    assert len(found) == 4
+    x, rate = audio.read_sound(found[0])
+    assert rate == 8000 and np.allclose(2 * x, audio.read_wav(found[0])[0], atol=1e-6)
 
 
 def test_exit_status_of_the_script_itself(tmp_path):
@@ -653,7 +648,8 @@ def test_bad_labels_get_one_line(tmp_path, refused, text, wanted):
     data = speakers(tmp_path / "data", names=("ann",))
     (tmp_path / "lab/ann").mkdir(parents=True)
     if text is not None:
-        (tmp_path / "lab/ann/0.lab").write_bytes(text if isinstance(text, bytes) else text.encode())
+        text = text if isinstance(text, bytes) else text.encode()
+        (tmp_path / "lab/ann/0.lab").write_bytes(text)
     assert wanted in refused("--data", data, "--labels", tmp_path / "lab")
 
 
