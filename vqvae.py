@@ -961,6 +961,11 @@ def reading(path):
         raise ValueError(f"{path}: not readable ({reason(e)[:160]})") from e
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter,
+                    argparse.ArgumentDefaultsHelpFormatter):
+    """The description as it stands; the default behind every flag's help."""
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with the flags that all scripts have, and its errors in one line.
 
@@ -973,42 +978,35 @@ class Parser(argparse.ArgumentParser):
             "lr", "lr_decay", "keep"}
 
     def __init__(self, name, presets, **kwargs):
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-                         **kwargs)
+        super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **kwargs)
         self.name, self.presets = name, presets
         flag = self.add_argument
-        flag("--preset", choices=presets, default="demo", help="a set of defaults for the flags "
-             "below (default demo); flags given beside it win")
-        flag("--data", type=path, metavar="PATH", help="your own data; without it the script makes "
-             "its demo data")
-        flag("--out", type=path, default=f"runs/{name}", help="folder for everything the run "
-             "writes (default %(default)s)")
+        flag("--preset", choices=presets, default="demo", help="defaults for the flags below; flags "
+             "given beside it win")
+        flag("--data", type=path, metavar="PATH", help="your own data instead of the demo's")
+        flag("--out", type=path, default=f"runs/{name}", help="folder for all that the run writes")
         flag("--steps", type=positive(int), help="training steps of stage one")
         flag("--prior-steps", type=positive(int), help="training steps of the prior")
         flag("--batch-size", type=positive(int), help="examples per step, over all processes")
         flag("--lr", type=positive(float), help="Adam's learning rate (paper 2e-4)")
-        flag("--lr-decay", type=fraction, default=0.0, metavar="F", help="let the learning rate "
-             "fall linearly to zero over this last part of each stage (paper 0)")
-        flag("--clip-norm", type=positive(float), help="scale gradients down to this norm (paper "
-             "none)")
-        flag("--codebook", choices=["loss", "ema"], default="loss", help="how the codebook learns: "
-             "by eq. 3, term 2 (default, the paper's experiments) or moving averages (A.1)")
-        flag("--num-codes", type=positive(int), default=512, help="K (default and paper 512; 128 "
-             "for phonemes)")
-        flag("--code-dim", type=positive(int), default=64, help="D (default 64; not in the paper)")
+        flag("--lr-decay", type=fraction, default=0.0, metavar="F", help="the learning rate falls "
+             "linearly to zero over this last part of each stage (paper 0)")
+        flag("--clip-norm", type=positive(float), help="largest norm of a gradient (paper: none)")
+        flag("--codebook", choices=["loss", "ema"], default="loss", help="learns by eq. 3, term 2 "
+             "(the paper's experiments), or as moving averages (A.1)")
+        flag("--num-codes", type=positive(int), default=512, help="K (paper 512; phonemes 128)")
+        flag("--code-dim", type=positive(int), default=64, help="D (not in the paper)")
         flag("--beta", type=positive(float), default=0.25, help="weight of the commitment term "
-             "(default and paper 0.25)")
-        flag("--hidden", type=positive(int), help="channels of encoder and decoder (paper 256 for "
-             "CIFAR-10)")
+             "(paper 0.25)")
+        flag("--hidden", type=positive(int), help="channels of encoder and decoder (paper 256)")
         flag("--prior-channels", type=positive(int), help="channels of the prior")
         flag("--seed", type=natural, default=0, help="of data, weights, batches and samples")
         flag("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
         flag("--precision", choices=["fp32", "bf16"], default="fp32", help="bf16: autocast in "
              "training; the search for the nearest code stays in float32")
-        flag("--keep", choices=["best", "last"], default="best", help="the weights of the lowest "
-             "validation loss (default) or the last ones")
-        flag("--finetune", type=path, metavar="RUN", help="start from the weights of a finished "
-             "run of the same models")
+        flag("--keep", choices=["best", "last"], default="best", help="which weights: those of the "
+             "lowest validation loss, or the last")
+        flag("--finetune", type=path, metavar="RUN", help="start from a finished run's weights")
         flag("--resume", action="store_true", help="continue the run in --out, with its flags")
 
     def error(self, message):
@@ -1122,9 +1120,9 @@ class Run:
                 file.rename(old / file.name)
             self.say(f"the run that was in {self.out} is in {old} now")
         args, self.folder_made = vars(self.args), True
-        self.write("config.json", lambda f: f.write(json.dumps({
+        self.write_text("config.json", json.dumps({
             **args, "torch": torch.__version__, "device_used": str(self.device),
-            "processes": self.world}, indent=1).encode()))
+            "processes": self.world}, indent=1))
         self.write("checkpoint.pt", lambda f: torch.save(
             {"script": self.script, "args": args, "facts": self.facts}, f))
 
@@ -1161,7 +1159,7 @@ class Run:
                     saved_at = time.time()
                 if asked:
                     self.say(f"stopped at step {s.step} of stage {stage}; continue with:  "
-                             f"{command()} --resume --out {self.out}")
+                             f"python {Path(sys.argv[0]).name} --resume --out {self.out}")
                     raise KeyboardInterrupt if self.rehearsing else SystemExit(130)
         if s.best and self.args.keep == "best":
             model.load_state_dict(s.best["model"])
@@ -1316,7 +1314,7 @@ class Run:
         writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
         writer.writeheader()
         writer.writerows(rows)
-        self.write("log.csv", lambda f: f.write(text.getvalue().encode()))
+        self.write_text("log.csv", text.getvalue())
 
     def read(self, name):
         try:
@@ -1342,6 +1340,9 @@ class Run:
             temporary.unlink(missing_ok=True)
             stop(f"{self.out / name} cannot be written: {reason(e)}; what was saved before is kept")
 
+    def write_text(self, name, text):
+        self.write(name, lambda f: f.write(text.encode()))
+
     def finish(self, metrics):
         """metrics.json, curves.png and the last words."""
         if self.rank:
@@ -1350,7 +1351,7 @@ class Run:
             return [valid(y) for y in x] if isinstance(x, list) else (
                 None if isinstance(x, float) and not math.isfinite(x) else x)
         metrics = {k: valid(v) for k, v in {**metrics, "seconds": round(self.seconds, 1)}.items()}
-        self.write("metrics.json", lambda f: f.write(json.dumps(metrics, indent=1).encode()))
+        self.write_text("metrics.json", json.dumps(metrics, indent=1))
         self.draw_curves()
         for name, value in metrics.items():
             numbers = " ".join(f"{x:.4g}" if isinstance(x, float) else str(x)
@@ -1460,26 +1461,19 @@ def prepare(run, source, key, items, item_shape):
     times of files; flags): anything else has to be decoded anew.
     Returns all items joined, (sum n_i, *item_shape) uint8, and the list of n_i.
     """
-    folder = run.home.parent / "cache"
-    source_hash, key_hash = (hashlib.sha256(s.encode("utf-8", "surrogateescape")).hexdigest()[:12]
-                             for s in (source, f"{key} {item_shape}"))
-    file = folder / f"{source_hash}-{key_hash}.bin"
+    words = (s.encode("utf-8", "surrogateescape") for s in (source, f"{key} {item_shape}"))
+    name = "-".join(hashlib.sha256(word).hexdigest()[:12] for word in words)
+    file = run.home.parent / "cache" / f"{name}.bin"
     note = file.with_suffix(".json")                   # written last: then the file is whole
     if run.local_rank == 0 and not note.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(file.with_suffix(".tmp"), "ab") as f:
-            if fcntl:
-                fcntl.flock(f, fcntl.LOCK_EX)          # another run may be at it: wait for it
-            if not note.exists():
-                f.truncate(0)                          # of one that was killed
-                lengths = decode(run, source, items, f)
-                f.flush()
-                for stale in folder.glob(f"{source_hash}-*"):
-                    if stale.suffix != ".tmp":
-                        stale.unlink()
-                os.replace(f.name, file)
-                note.with_suffix(".new").write_text(json.dumps(lengths))
-                os.replace(note.with_suffix(".new"), note)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(file.with_suffix(".tmp"), "wb") as f:
+            lengths = decode(run, source, items, f)
+        for stale in file.parent.glob(f"{name.split('-')[0]}-*.[bj]*"):
+            stale.unlink()                             # of other files, or other flags
+        os.replace(f.name, file)
+        note.with_suffix(".new").write_text(json.dumps(lengths))
+        os.replace(note.with_suffix(".new"), note)
     while not note.exists():                           # however long the first process takes
         time.sleep(0.1)
     lengths = json.loads(note.read_text())
@@ -1571,15 +1565,13 @@ class Interrupt:
 
 
 def pick_device(name, local_rank=0):
-    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-           "cpu": True}
-    if name == "auto":
-        name = next(n for n in ("cuda", "mps", "cpu") if has[n])
+    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = next(n for n in has if has[n]) if name == "auto" else name
     if not has[name]:
         stop(f"--device {name}: torch {torch.__version__} finds none on this machine")
     if name == "cuda":
         torch.cuda.set_device(local_rank)
-    return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
+    return torch.device(name, local_rank if name == "cuda" else None)
 
 
 def mix(*parts):
@@ -1597,8 +1589,3 @@ def schedule(step, steps, decay):
     up = (step + 1) / min(100, 1 + steps // 4)
     down = (steps - step) / (decay * steps) if decay > 0 else 1.0
     return min(1.0, up, down)
-
-
-def command():
-    """How this script was called, without its flags."""
-    return f"python {os.path.basename(sys.argv[0])}"
