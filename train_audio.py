@@ -5,18 +5,14 @@
                                                    one folder of recordings for each speaker
     python train_audio.py --data wav48/ --labels lab/ --preset paper-phonemes
     python train_audio.py --resume                 continue runs/audio, as if never stopped
-
-and with the finished run in --out, in seconds:
-
-    python train_audio.py --sample 4               speech from nothing, in the voices in turn
-    python train_audio.py --reconstruct me.wav     recording -> codes -> recording
-    python train_audio.py --convert me.wav --to alto
+    python train_audio.py --sample 4               with the finished run: speech from nothing,
+    python train_audio.py --reconstruct me.wav     your recording through the codes,
+    python train_audio.py --convert me.wav --to alto              and in another voice
 
 The paper's four experiments: (1) reconstruction by sampling the decoder, (2) a prior over the
-codes and unconditional speech from it, (3) speaker conversion, decoding with another speaker's
-one-hot, (4) each code read as its most likely phone. --out (runs/audio) receives *.wav,
-reconstructions.png (the paper's fig. 6), samples.png, phones.png, curves.png, metrics.json,
-log.csv, config.json and the checkpoints; README explains every number.
+codes and unconditional speech from it, (3) conversion by another speaker's one-hot, (4) each code
+read as its most likely phone. --out (runs/audio) receives *.wav, reconstructions.png (the paper's
+fig. 6), samples.png, phones.png, curves.png, metrics.json, log.csv, config.json and checkpoints.
 """
 
 import math
@@ -37,7 +33,7 @@ from matplotlib.figure import Figure
 
 from prior import WaveNet
 from vqvae import (Encoder, Parser, count_codes, digest, fraction, launch, loss_per_latent,
-                   make_quantizer, path, perplexity, pick_device, plain, positive, prepare,
+                   make_quantizer, number, path, perplexity, pick_device, plain, positive, prepare,
                    read_run, reading, safe_name, smallest_int, to_unit)
 
 PAPER = dict(steps=500_000, prior_steps=250_000, batch_size=16, lr=2e-4,
@@ -78,7 +74,7 @@ def main(run, data):
         return
     windows = Windows(data.levels, data.test, run.args.clip, run.args.clip)
     clips = Clips(*windows[spread(run, windows, run.args.test_clips)])
-    metrics = code_usage(run, data, codes) | likelihoods(run, vqvae, data, clips)
+    metrics = rates(run, vqvae, prior, data, codes, clips)
 
     # Experiments 1 and 3: each clip is decoded in its own voice, column 0, and in others.
     others = few(run, min(8, len(data.speakers))) if judge else 1
@@ -89,7 +85,6 @@ def main(run, data):
     if judge:
         metrics |= judge_conversions(run, judge, data, clips, voices, drawn)
     if prior:                                          # experiment 2
-        metrics |= prior_bits(run, prior, data, codes)
         metrics |= sample_unconditional(run, vqvae, prior, data, clips, recogniser)
     if recogniser:                                     # experiment 4
         metrics |= read_phones(run, data, codes)
@@ -335,35 +330,32 @@ def phone_accuracy(table, codes, phones):
 # ---------------------------------------------------------------------------------------------
 
 
-def code_usage(run, data, codes):
-    """How many of the K codes test speech uses, and how evenly."""
+def rates(run, vqvae, prior, data, codes, clips):
+    """What codes and samples of test speech cost in bits, and how many of the K codes it uses.
+
+    Teacher-forced. If the decoder depends on its codes and on its speaker, those of another
+    utterance, or of another voice, cost more.
+    """
+    z, S = in_batches(vqvae.encode, run.device, 16, clips.levels), len(data.speakers)
+
+    def bits(z, speaker):
+        return in_batches(vqvae.bits, run.device, 4, clips.levels, z, speaker).mean().item()
+
     counts = count_codes(codes[data.positions(data.test)].long(), run.args.num_codes)
-    return {"codes_used": int((counts > 0).sum()), "num_codes": run.args.num_codes,
-            "perplexity": perplexity(counts).item(),
-            "unigram_bits_per_code": perplexity(counts).log2().item()}
-
-
-def likelihoods(run, vqvae, data, clips):
-    """Bits per sample, teacher-forced. If the decoder depends on its codes and on its speaker,
-    those of another utterance, or of another voice, cost more."""
-    codes, S = in_batches(vqvae.encode, run.device, 16, clips.levels), len(data.speakers)
-
-    def bits(codes, speaker):
-        return in_batches(vqvae.bits, run.device, 4, clips.levels, codes, speaker).mean().item()
-
-    found = {"bits_per_sample": bits(codes, clips.speaker),
-             "bits_per_sample_other_codes": bits(codes.roll(1, 0), clips.speaker)}
-    return found if S == 1 else found | {
-        "bits_per_sample_wrong_speaker": bits(codes, (clips.speaker + 1) % S)}
-
-
-def prior_bits(run, prior, data, codes):
-    """What a code of test speech costs under the prior."""
-    N = run.args.clip // data.hop
-    windows = Windows(codes, data.in_codes(data.test), N, N)
-    bits = in_batches(lambda z: prior_loss(prior, z)[1]["bits_per_code"].expand(len(z)),
-                      run.device, 64, windows[torch.arange(len(windows))][0])
-    return {"prior_bits_per_code": bits.mean().item()}
+    found = {"bits_per_sample": bits(z, clips.speaker),
+             "bits_per_sample_other_codes": bits(z.roll(1, 0), clips.speaker),
+             "codes_used": int((counts > 0).sum()), "num_codes": run.args.num_codes,
+             "perplexity": perplexity(counts).item(),
+             "unigram_bits_per_code": perplexity(counts).log2().item()}
+    if S > 1:
+        found["bits_per_sample_wrong_speaker"] = bits(z, (clips.speaker + 1) % S)
+    if prior:
+        N = run.args.clip // data.hop
+        windows = Windows(codes, data.in_codes(data.test), N, N)
+        found["prior_bits_per_code"] = in_batches(
+            lambda z: prior_loss(prior, z)[1]["bits_per_code"].expand(len(z)), run.device, 64,
+            windows[torch.arange(len(windows))][0]).mean().item()
+    return found
 
 
 def spectrum(x, step):
@@ -976,20 +968,8 @@ def read_labels(lab, seconds):
     return found
 
 
-# ---------------------------------------------------------------------------------------------
-# Flags
-# ---------------------------------------------------------------------------------------------
-
-
 def strides(text):
     return tuple(positive(int)(s) for s in text.split(","))
-
-
-def hertz(text):
-    value = int(text)
-    if not 1000 <= value <= 384_000:
-        raise ValueError
-    return value
 
 
 def make_parser():
@@ -1000,7 +980,8 @@ def make_parser():
     flag("--labels", type=path, metavar="DIR", help="phone alignments of --data: "
          "<speaker>/../<name>.lab with lines 'end phone' or 'start end phone', in seconds")
     flag("--experiments", nargs="+", choices=EXPERIMENTS, default=EXPERIMENTS, help="default: all")
-    flag("--sample-rate", type=hertz, help="Hz; files of another rate are resampled")
+    flag("--sample-rate", type=number(int, "rate from 1000 to 384000", lambda hz:
+                                      1000 <= hz <= 384_000), help="Hz; files of another rate are resampled")
     flag("--strides", type=strides, help="of the encoder's convolutions (paper 2,2,2,2,2,2); their "
          "product is the hop, the samples that share a code")
     flag("--channels", type=positive(int), help="residual channels of the decoder")
