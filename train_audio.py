@@ -15,10 +15,10 @@ read as its most likely phone. --out (runs/audio) receives *.wav, reconstruction
 fig. 6), samples.png, phones.png, curves.png, metrics.json, log.csv, config.json and checkpoints.
 """
 
+import io
 import math
 import os
 import random
-import struct
 import wave
 from collections import Counter
 from itertools import groupby
@@ -423,8 +423,8 @@ def fit_phone_recogniser(run, data):
         return None
 
     def loss(net, x, speaker, start):
-        phones = data.phones_of(start.cpu(), x.shape[1], data.rate // 100)
-        return recogniser_loss(net(x), phones.to(x.device))
+        frames = start.cpu()[:, None] + torch.arange(0, x.shape[1], data.rate // 100)
+        return recogniser_loss(net(x), data.phone_at(frames).to(x.device))
 
     return fit_judge(run, data, "phones", len(data.phones), loss, 400)
 
@@ -445,7 +445,7 @@ def phone_errors(run, recogniser, data, clips, drawn):
     """Share of frames, of those with a label, in which the recogniser finds another phone: in
     originals, in reconstructions and in conversions drawn (M, V, T)."""
     M, V, T = drawn.shape
-    spoken = data.phones_of(clips.start, T, recogniser.step)
+    spoken = data.phone_at(clips.start[:, None] + torch.arange(0, T, recogniser.step))
 
     def error(x, phones):
         wrong = recognise(run, recogniser, x)[:, :phones.shape[1]] != phones
@@ -697,33 +697,25 @@ def read_sound(path):
 
 def read_wav(path):
     """PCM of any width -> (T,) float32 in [-1, 1], the mean of all channels, and the rate in Hz."""
-    with reading(path):
-        data = Path(path).read_bytes()
-    at, found = 12, {}                                 # chunks: name, size, content
-    while at + 8 <= len(data) and b"data" not in found:
-        name, size = struct.unpack_from("<4sI", data, at)
-        found[name] = at + 8
-        at += 8 + size + size % 2
-    fmt = data[found.get(b"fmt ", len(data)):]
-    if data[:4] + data[8:12] != b"RIFFWAVE" or b"data" not in found or len(fmt) < 26:
-        raise ValueError(f"{path}: not a readable PCM WAV file (its header is incomplete); "
-                         "ffmpeg -i in.wav -c:a pcm_s16le out.wav makes one")
-    tag, channels, rate, _, frame, bits = struct.unpack_from("<HHIIHH", fmt)
-    # "Extensible" PCM, what 24-bit files usually are: the same samples under another tag.
-    tag = struct.unpack_from("<H", fmt, 24)[0] if tag == 0xfffe else tag
-    width = frame // max(1, channels)
-    if tag != 1 or not 1 <= width <= 4 or width * channels != frame:
-        raise ValueError(f"{path}: {channels} channels of {bits} bits, format {tag}; reads PCM "
-                         "(format 1) of 8, 16, 24 and 32 bits")
-    # Whoever streams does not know the size yet when the header is written: 0 means up to the end.
-    first = found[b"data"]
-    size = struct.unpack_from("<I", data, first - 4)[0] or len(data)
-    raw = np.frombuffer(data, np.uint8)[first:first + size]
-    raw = raw[:len(raw) // frame * frame].reshape(-1, channels, width)
-    # Little-endian: put the bytes on top of an int32. 8 bits are unsigned, the others signed.
-    full = np.zeros((*raw.shape[:2], 4), np.uint8)
-    full[..., 4 - width:] = raw ^ 128 if width == 1 else raw
-    return full.view("<i4")[..., 0].mean(1, dtype=np.float32) / 2 ** 31, rate
+    with reading(f"{path}, as PCM WAV"):
+        data = bytearray(Path(path).read_bytes())
+        # "Extensible" PCM, what 24-bit files usually are: the same samples under another tag,
+        # which Python's reader knows from 3.12 on only.
+        at = data.find(b"fmt ", 0, 100)
+        if at > 0 and data[at + 8:at + 10] == b"\xfe\xff" and data[at + 32:at + 34] == b"\1\0":
+            data[at + 8:at + 10] = b"\1\0"
+        # Whoever streams does not know the size yet when the header is written: 0, up to the end.
+        at = data.find(b"data", at)
+        if at > 0 and data[at + 4:at + 8] == bytes(4):
+            data[at + 4:at + 8] = data[4:8] = b"\xff" * 4
+        with wave.open(io.BytesIO(data)) as file:
+            channels, width, rate = file.getparams()[:3]
+            raw = np.frombuffer(file.readframes(file.getnframes()), np.uint8)
+        raw = raw[:len(raw) // (width * channels) * width * channels].reshape(-1, channels, width)
+        # Little-endian: put the bytes on top of an int32. 8 bits are unsigned, the others signed.
+        full = np.zeros((*raw.shape[:2], 4), np.uint8)
+        full[..., 4 - width:] = raw ^ 128 if width == 1 else raw
+        return full.view("<i4")[..., 0].mean(1, dtype=np.float32) / 2 ** 31, rate
 
 
 def write_wav(file, x, rate):
@@ -776,10 +768,6 @@ class Speech(NamedTuple):
 
     def phone_at(self, samples):
         return self.spoken[torch.searchsorted(self.ends, samples, right=True)]
-
-    def phones_of(self, start, size, step):
-        """The phones at every step-th sample of windows: (B,) -> (B, ceil(size / step))."""
-        return self.phone_at(start[:, None] + torch.arange(0, size, step))
 
 
 class Windows(torch.utils.data.Dataset):

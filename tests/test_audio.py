@@ -561,7 +561,7 @@ def make(folder, kind):
     patches = {"float": (20, b"\3\0", "PCM"),          # IEEE float
                "fast": (24, b"\xff" * 4, "4294967295 samples per second"),
                "slow": (24, b"\1\0\0\0", "1 samples per second"),
-               "channels": (22, b"\0\0", "0 channels")}
+               "channels": (22, b"\0\0", "# of channels")}
     if kind in patches:
         at, new, word = patches[kind]
         data[at:at + len(new)] = new
