@@ -32,9 +32,9 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 from prior import WaveNet
-from vqvae import (Encoder, Parser, count_codes, digest, fraction, launch, loss_per_latent,
-                   make_quantizer, number, path, perplexity, pick_device, plain, positive, prepare,
-                   read_run, reading, safe_name, smallest_int, to_unit)
+from vqvae import (Encoder, Parser, count_codes, digest, find_files, fraction, launch,
+                   loss_per_latent, make_quantizer, number, path, perplexity, pick_device, plain,
+                   positive, prepare, read_run, reading, safe_name, smallest_int, to_unit)
 
 PAPER = dict(steps=500_000, prior_steps=250_000, batch_size=16, lr=2e-4,
              sample_rate=16_000, num_codes=512, code_dim=64, hidden=256, channels=64,
@@ -385,7 +385,7 @@ def pitch(x, rate):
 
 class Judge(nn.Sequential):
     """Which phone is spoken, or who speaks, 100 times a second: a small network on the log-mel
-    spectrogram, trained on real utterances. It is no part of the model, and judges what is drawn."""
+    spectrogram. Not a part of the model: trained on real utterances, it judges what is drawn."""
 
     def __init__(self, outputs, rate, hidden=96):
         super().__init__(nn.Conv1d(32, hidden, 5, padding=2), nn.ReLU(),
@@ -816,18 +816,18 @@ def load_data(run):
 
 def read_folder(run):
     """DIR/<speaker>/**/*.wav -> levels, how many of each speaker, speakers, phones, labels."""
-    root, rate, lengths = Path(run.args.data), run.args.sample_rate, Counter()
-    files = find_recordings(root)
-    random.Random(0).shuffle(files)                    # else the test part would be the last words
-    files.sort(key=lambda file: file.relative_to(root).parts[0])
-    key = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    levels, sizes = prepare(run, f"recordings in {root}", repr((key, rate, EMPHASIS)),
-                            Recordings(files, rate), ())
+    root, rate, lengths = run.args.data, run.args.sample_rate, Counter()
+    found = find_recordings(root)
+    random.Random(0).shuffle(found)                    # else the test part would be the last words
+    found.sort(key=lambda file: Path(file[0]).parts[0])
+    files = [Path(name) for name, *_ in found]
+    levels, sizes = prepare(run, f"recordings in {root}", repr((found, rate, EMPHASIS)),
+                            Recordings([Path(root, file) for file in files], rate), ())
     for file, size in zip(files, sizes):
-        lengths[file.relative_to(root).parts[0]] += size
+        lengths[file.parts[0]] += size
     run.say(f"{len(files)} recordings of {len(lengths)} speakers, at {rate} Hz (resampled where "
             "they were not)")
-    return levels, lengths.values(), [*lengths], *label_stream(run, root, files, sizes)
+    return levels, lengths.values(), [*lengths], *label_stream(run, files, sizes)
 
 
 class Recordings:
@@ -844,37 +844,26 @@ class Recordings:
 
 
 def find_recordings(root):
-    """All WAV files below the speakers' folders, or all FLAC files; links are followed."""
-    def fail(error):  # os.walk would skip a folder that it may not read
-        raise error
-
-    if not root.is_dir():
+    """All WAV files below the speakers' folders, or all FLAC files."""
+    if not os.path.isdir(root):
         raise ValueError(f"--data {root}: no such folder")
-    found, seen, top = [], set(), os.path.realpath(root)
-    for folder, folders, names in os.walk(root, onerror=fail, followlinks=True):
-        inside, real = Path(folder).relative_to(root).parts, os.path.realpath(folder)
-        if (inside[:1], real) in seen or inside and os.path.commonpath([real, top]) == real:
-            folders.clear()                            # a link has led back up
-        else:
-            found += [Path(folder, name) for name in names]
-        seen.add((inside[:1], real))
-    for kind in (".wav", ".flac"):
-        files = sorted(file for file in found if file.suffix.lower() == kind)
-        for loose in (file for file in files if file.parent == root):
-            raise ValueError(f"{loose}: lies outside the speakers' folders; needs "
+    for ending in (".wav", ".flac"):
+        found = find_files(root, ending)
+        if any(os.sep not in name for name, *_ in found):
+            raise ValueError(f"--data {root}: recordings outside the speakers' folders; needs "
                              f"{root}/<speaker>/*.wav")
-        if files:
-            return files
+        if found:
+            return found
     raise ValueError(f"--data {root}: no WAV files; needs a folder of them for each speaker")
 
 
-def label_stream(run, root, files, lengths):
+def label_stream(run, files, lengths):
     """The .lab files of all recordings -> phones' names, and ends and phones as in Speech."""
     names, ends, spoken, missing, at = [], [], [], 0, 0
     rate, folder = run.args.sample_rate, run.args.labels
     for file, length in zip(files, lengths):
-        lab = Path(folder, file.relative_to(root).with_suffix(".lab")) if folder else None
-        known = lab and lab.exists()
+        lab = Path(folder or "", file.with_suffix(".lab"))
+        known = folder and lab.exists()
         missing += not known
         for start, end, phone in read_labels(lab, length / rate) if known else ():
             if phone not in names:
@@ -928,8 +917,8 @@ def make_parser():
     flag("--labels", type=path, metavar="DIR", help="phone alignments of --data: "
          "<speaker>/../<name>.lab with lines 'end phone' or 'start end phone', in seconds")
     flag("--experiments", nargs="+", choices=EXPERIMENTS, default=EXPERIMENTS, help="default: all")
-    flag("--sample-rate", type=number(int, "rate from 1000 to 384000", lambda hz:
-                                      1000 <= hz <= 384_000), help="Hz; files of another rate are resampled")
+    flag("--sample-rate", help="Hz; files of another rate are resampled",
+         type=number(int, "rate from 1000 to 384000", lambda hz: 1000 <= hz <= 384_000))
     flag("--strides", type=strides, help="of the encoder's convolutions (paper 2,2,2,2,2,2); their "
          "product is the hop, the samples that share a code")
     flag("--channels", type=positive(int), help="residual channels of the decoder")

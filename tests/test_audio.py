@@ -388,8 +388,8 @@ def test_phone_of_every_sample_comes_from_intervals(tmp_path):
         (tmp_path / f"lab/ann/{name}.lab").write_text(text)
     run, said = tiny_run(tmp_path, sample_rate=100, labels=tmp_path / "lab"), []
     run.say = said.append
-    files = [tmp_path / f"wav/ann/{i}.wav" for i in range(3)]
-    names, ends, spoken = audio.label_stream(run, tmp_path / "wav", files, [100, 50, 100])
+    files = [Path(f"ann/{i}.wav") for i in range(3)]
+    names, ends, spoken = audio.label_stream(run, files, [100, 50, 100])
     data = speech(torch.zeros(250, dtype=torch.uint8), phones=names, ends=ends, spoken=spoken)
     unknown = [audio.UNLABELLED]
     assert names == ["a", "b"]
@@ -614,8 +614,9 @@ def test_flac_is_read_where_soundfile_is_installed(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "soundfile", SimpleNamespace(read=read))
     found = audio.find_recordings(folder)
     assert len(found) == 4
-    x, rate = audio.read_sound(found[0])
-    assert rate == 8000 and np.allclose(2 * x, audio.read_wav(found[0])[0], atol=1e-6)
+    file = folder / found[0][0]
+    x, rate = audio.read_sound(file)
+    assert rate == 8000 and np.allclose(2 * x, audio.read_wav(file)[0], atol=1e-6)
 
 
 def test_exit_status_of_the_script_itself(tmp_path):
