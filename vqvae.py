@@ -48,6 +48,7 @@ from contextlib import contextmanager
 from copy import copy
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -960,6 +961,11 @@ def reading(path):
         raise ValueError(f"{path}: not readable ({reason(e)[:160]})") from e
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter,
+                    argparse.ArgumentDefaultsHelpFormatter):
+    """The description as it stands; the default behind every flag's help."""
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with the flags that all scripts have, and its errors in one line.
 
@@ -972,77 +978,59 @@ class Parser(argparse.ArgumentParser):
             "lr", "lr_decay", "keep"}
 
     def __init__(self, name, presets, **kwargs):
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-                         **kwargs)
+        super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **kwargs)
         self.name, self.presets = name, presets
         flag = self.add_argument
-        flag("--preset", choices=presets, default="demo", help="a set of defaults for the flags "
-             "below (default demo); flags given beside it win")
-        flag("--data", type=path, metavar="PATH", help="your own data; without it the script makes "
-             "its demo data")
-        flag("--out", type=path, default=f"runs/{name}", help="folder for everything the run "
-             "writes (default %(default)s)")
+        flag("--preset", choices=presets, default="demo", help="defaults for the flags below; flags "
+             "given beside it win")
+        flag("--data", type=path, metavar="PATH", help="your own data instead of the demo's")
+        flag("--out", type=path, default=f"runs/{name}", help="folder for all that the run writes")
         flag("--steps", type=positive(int), help="training steps of stage one")
         flag("--prior-steps", type=positive(int), help="training steps of the prior")
         flag("--batch-size", type=positive(int), help="examples per step, over all processes")
         flag("--lr", type=positive(float), help="Adam's learning rate (paper 2e-4)")
-        flag("--lr-decay", type=fraction, default=0.0, metavar="F", help="let the learning rate "
-             "fall linearly to zero over this last part of each stage (paper 0)")
-        flag("--clip-norm", type=positive(float), help="scale gradients down to this norm (paper "
-             "none)")
-        flag("--codebook", choices=["loss", "ema"], default="loss", help="how the codebook learns: "
-             "by eq. 3, term 2 (default, the paper's experiments) or moving averages (A.1)")
-        flag("--num-codes", type=positive(int), default=512, help="K (default and paper 512; 128 "
-             "for phonemes)")
-        flag("--code-dim", type=positive(int), default=64, help="D (default 64; not in the paper)")
+        flag("--lr-decay", type=fraction, default=0.0, metavar="F", help="the learning rate falls "
+             "linearly to zero over this last part of each stage (paper 0)")
+        flag("--clip-norm", type=positive(float), help="largest norm of a gradient (paper: none)")
+        flag("--codebook", choices=["loss", "ema"], default="loss", help="learns by eq. 3, term 2 "
+             "(the paper's experiments), or as moving averages (A.1)")
+        flag("--num-codes", type=positive(int), default=512, help="K (paper 512; phonemes 128)")
+        flag("--code-dim", type=positive(int), default=64, help="D (not in the paper)")
         flag("--beta", type=positive(float), default=0.25, help="weight of the commitment term "
-             "(default and paper 0.25)")
-        flag("--hidden", type=positive(int), help="channels of encoder and decoder (paper 256 for "
-             "CIFAR-10)")
+             "(paper 0.25)")
+        flag("--hidden", type=positive(int), help="channels of encoder and decoder (paper 256)")
         flag("--prior-channels", type=positive(int), help="channels of the prior")
         flag("--seed", type=natural, default=0, help="of data, weights, batches and samples")
         flag("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
         flag("--precision", choices=["fp32", "bf16"], default="fp32", help="bf16: autocast in "
              "training; the search for the nearest code stays in float32")
-        flag("--keep", choices=["best", "last"], default="best", help="the weights of the lowest "
-             "validation loss (default) or the last ones")
-        flag("--finetune", type=path, metavar="RUN", help="start from the weights of a finished "
-             "run of the same models")
+        flag("--keep", choices=["best", "last"], default="best", help="which weights: those of the "
+             "lowest validation loss, or the last")
+        flag("--finetune", type=path, metavar="RUN", help="start from a finished run's weights")
         flag("--resume", action="store_true", help="continue the run in --out, with its flags")
 
     def error(self, message):
         stop(f"{message} (see --help)")
 
 
-def positive(kind):
-    """argparse type: a number of that kind above zero."""
+def number(kind, name, fits):
+    """argparse type: a number of that kind that fits."""
     def convert(text):
         value = kind(text)
-        if not 0 < value < 2 ** 62:
+        if not fits(value):
             raise ValueError
         return value
-    convert.__name__ = f"positive {kind.__name__}"
+    convert.__name__ = name
     return convert
 
 
-def natural(text):
-    value = int(text)
-    if not 0 <= value < 2 ** 63:
-        raise ValueError
-    return value
+def positive(kind):
+    return number(kind, f"positive {kind.__name__}", lambda x: 0 < x < 2 ** 62)
 
 
-def fraction(text):
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise ValueError
-    return value
-
-
-def path(text):
-    if not text.strip():
-        raise ValueError
-    return text
+fraction = number(float, "number from 0 to 1", lambda x: 0 <= x <= 1)
+natural = number(int, "integer from 0 up", lambda x: 0 <= x < 2 ** 63)
+path = number(str, "path", str.strip)
 
 
 class Run:
@@ -1058,8 +1046,11 @@ class Run:
         args = parser.parse_args()
         self.script, self.free, self.facts, self.rows = parser.name, parser.free, {}, {}
         self.started, self.seconds_before, self.folder_made = time.time(), 0.0, False
-        self.rank, self.world, self.local_rank = (
-            process_number(*p) for p in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        try:
+            self.rank, self.world, self.local_rank = (
+                int(os.environ.get(*p)) for p in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        except ValueError:
+            stop("RANK, WORLD_SIZE, LOCAL_RANK in the environment: numbers, as torchrun sets them")
         self.out = self.home = Path(args.out)          # a rehearsal writes elsewhere than home
         self.device = pick_device(args.device, self.local_rank)
         if self.world > 1 and not dist.is_initialized():
@@ -1077,6 +1068,10 @@ class Run:
             if name not in self.free and getattr(self.args, name, value) != value:
                 stop(f"--resume: --{name.replace('_', '-')} {getattr(self.args, name)} differs "
                      f"from {value}, with which this run was begun; --out starts another one")
+        for name in ("batch_size", "prior_batch_size"):
+            if (getattr(self.args, name, None) or 0) % self.world:
+                stop(f"--{name.replace('_', '-')} {getattr(self.args, name)} does not divide among "
+                     f"{self.world} processes")
         torch.manual_seed(self.args.seed)
 
     def check_data(self, facts):
@@ -1091,7 +1086,7 @@ class Run:
         """The whole experiment on a handful of examples, one step a stage, into a folder that is
         thrown away: what would fail after hours fails now. No random number is moved."""
         twin = copy(self)
-        twin.rehearsing, twin.rows = True, {}
+        twin.rehearsing, twin.rows, twin.world = True, {}, 1           # each process for itself
         try:
             gpus = [self.device] if self.device.type == "cuda" else []
             with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(gpus):
@@ -1105,7 +1100,7 @@ class Run:
 
     def make_folder(self):
         """Called when training begins: until then flags and data may turn out to be bad."""
-        if self.rank or self.folder_made:
+        if self.rank or self.folder_made or self.rehearsing:
             return
         try:
             self.out.mkdir(parents=True, exist_ok=True)
@@ -1125,9 +1120,9 @@ class Run:
                 file.rename(old / file.name)
             self.say(f"the run that was in {self.out} is in {old} now")
         args, self.folder_made = vars(self.args), True
-        self.write("config.json", lambda f: f.write(json.dumps({
+        self.write_text("config.json", json.dumps({
             **args, "torch": torch.__version__, "device_used": str(self.device),
-            "processes": self.world}, indent=1).encode()))
+            "processes": self.world}, indent=1))
         self.write("checkpoint.pt", lambda f: torch.save(
             {"script": self.script, "args": args, "facts": self.facts}, f))
 
@@ -1147,58 +1142,66 @@ class Run:
         steps = 1 if self.rehearsing else steps
         batch_size = min(batch_size, len(data)) if self.rehearsing else batch_size
         check_batch(len(data), batch_size, f"stage {stage}", "--batch-size or --prior-batch-size")
-        if not self.rehearsing:
-            if batch_size % self.world:
-                stop(f"--batch-size {batch_size} does not divide among {self.world} processes")
-            self.make_folder()
-        model.to(self.device).train()
-        optimizer = torch.optim.Adam(model.parameters(), lr=lr)
-        for quantizer in (m for m in model.modules() if isinstance(m, VectorQuantizer)):
-            quantizer.reset_moments(optimizer)
-        state = self.restore(stage, model, optimizer, steps)
-        net = model
-        if self.world > 1 and state["step"] < steps and not self.rehearsing:
-            net = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
-        begun, saved_at, first = time.time(), time.time(), state["step"]
-        self.rows[stage] = state["rows"]
+        self.make_folder()
+        s = self.restore(stage, model.to(self.device).train(), loss, steps, lr)
+        begun, saved_at, first, every = time.time(), time.time(), s.step, max(1, steps // 200)
         with Interrupt() as interrupt:
             for batch in self.loader(data, stage, range(first, steps), batch_size):
-                torch.manual_seed(mix(self.args.seed, stage, state["step"], self.rank))
-                for group in optimizer.param_groups:
-                    group["lr"] = lr * schedule(state["step"], steps, self.args.lr_decay)
-                value, stats = self.forward(loss, net, batch)
-                optimizer.zero_grad()
-                value.backward()
-                if self.args.clip_norm:
-                    nn.utils.clip_grad_norm_(model.parameters(), self.args.clip_norm)
-                optimizer.step()
-                self.count(state, {"loss": value, **stats})
-
-                asked = self.agree(interrupt.asked, state["step"])
-                every, last = max(1, steps // 200), state["step"] == steps
-                if last or state["step"] % every == 0:
-                    row = self.make_row(stage, state)
-                    if valid is not None and (last or state["step"] % (10 * every) == 0):
-                        row |= self.validate(stage, state, model, loss, valid, batch_size)
-                    self.progress(row, steps, (state["step"] - first) / (time.time() - begun))
+                self.train(s, batch)
+                asked, last = self.agree(interrupt.asked, s.step), s.step == steps
+                if last or s.step % every == 0:
+                    row = self.make_row(s)
+                    if valid is not None and (last or s.step % (10 * every) == 0):
+                        row |= self.validate(s, valid, batch_size)
+                    self.progress(row, steps, (s.step - first) / (time.time() - begun))
                 if last or asked or time.time() - saved_at > 60:
-                    self.save(stage, state, model, optimizer, loss, batch)
+                    self.save(s, batch)
                     saved_at = time.time()
                 if asked:
-                    if self.rehearsing:
-                        raise KeyboardInterrupt
-                    self.say(f"stopped at step {state['step']} of stage {stage}; continue with:  "
-                             f"{command()} --resume --out {self.out}")
-                    raise SystemExit(130)
-        if state["best"] and self.args.keep == "best":
-            model.load_state_dict(state["best"]["model"])
+                    self.say(f"stopped at step {s.step} of stage {stage}; continue with:  "
+                             f"python {Path(sys.argv[0]).name} --resume --out {self.out}")
+                    raise KeyboardInterrupt if self.rehearsing else SystemExit(130)
+        if s.best and self.args.keep == "best":
+            model.load_state_dict(s.best["model"])
         return model.eval()
+
+    def restore(self, stage, model, loss, steps, lr):
+        """All that fit works on, at the step at which the checkpoint says that it stopped."""
+        optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+        for module in model.modules():
+            if isinstance(module, VectorQuantizer):
+                module.reset_moments(optimizer)
+        s = SimpleNamespace(stage=stage, model=model, net=model, loss=loss, optimizer=optimizer,
+                            steps=steps, lr=lr, step=0, rows=[], sums={}, best=None,
+                            bad=torch.full((), -1, device=self.device))
+        name, source = f"checkpoint-{stage}.pt", self.args.finetune
+        # What a forgotten --resume leaves in the folder belongs to another run.
+        if self.saved and self.share(lambda: (self.home / name).exists()):
+            saved = self.read(name)
+            try:
+                model.load_state_dict(saved["model"])
+                optimizer.load_state_dict(saved["optimizer"])
+            except Exception as e:
+                stop(f"{self.home / name} holds another model for stage {stage}: {reason(e)}")
+            s.step, s.rows, s.best = saved["step"], saved["rows"], saved["best"]
+            self.seconds_before = max(self.seconds_before, saved["seconds"])
+            if self.rank == 0:
+                s.sums = {k: x.to(self.device) for k, x in saved["sums"].items()}
+        elif source:
+            try:
+                model.load_state_dict(read_run(source, self.script, [stage])[2][0])
+            except RuntimeError as e:
+                stop(f"--finetune {source} holds another model for stage {stage}: {reason(e)}")
+        if self.world > 1 and s.step < steps:
+            s.net = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+        self.rows[stage] = s.rows
+        return s
 
     def loader(self, data, stage, steps, batch_size):
         """The batches of these steps, on the device. The joint batch of a step is a function of
         (seed, stage, step) alone, and each process takes its share of it."""
         gpu, share = self.device.type == "cuda", batch_size // self.world
-        rank = self.rank if not self.rehearsing else 0
+        rank = self.rank if self.world > 1 else 0
 
         def indices():
             for step in steps:
@@ -1212,65 +1215,72 @@ class Run:
         for batch in batches:
             yield [x.to(self.device, non_blocking=True) for x in batch]
 
+    def train(self, s, batch):
+        """One step of Adam; and what the next line of the log will say of it."""
+        torch.manual_seed(mix(self.args.seed, s.stage, s.step, self.rank))     # noise in models
+        for group in s.optimizer.param_groups:
+            group["lr"] = s.lr * schedule(s.step, s.steps, self.args.lr_decay)
+        value, stats = self.forward(s.loss, s.net, batch)
+        s.optimizer.zero_grad()
+        value.backward()
+        if self.args.clip_norm:
+            nn.utils.clip_grad_norm_(s.model.parameters(), self.args.clip_norm)
+        s.optimizer.step()
+        s.step += 1
+        # No .item() here: it would make a GPU wait for Python at every step.
+        bad = (s.bad < 0) & ~value.detach().isfinite()                 # the first such step
+        s.bad = torch.where(bad, s.step, s.bad)
+        for name, x in {"loss": value, **stats, "steps": torch.ones_like(value)}.items():
+            s.sums[name] = s.sums.get(name, 0) + x.detach()
+
     def forward(self, loss, net, batch):
         with torch.autocast(self.device.type, torch.bfloat16,
                             enabled=self.args.precision == "bf16"):
             return loss(net, *batch)
 
-    def count(self, state, stats):
-        """Add a step to what the next line of the log will say. No .item() here: it would make a
-        GPU wait for Python at every step."""
-        state["step"] += 1
-        # The first step whose loss was not finite.
-        bad = state.get("bad", torch.full((), -1, device=self.device))
-        unseen = (bad < 0) & ~stats["loss"].detach().isfinite()
-        state["bad"] = torch.where(unseen, state["step"], bad)
-        sums = state["sums"]
-        for name, x in {**stats, "steps": torch.ones((), device=self.device)}.items():
-            sums[name] = sums.get(name, 0) + x.detach()
-
-    def make_row(self, stage, state):
-        """A line of the log from what was counted since the last one, over all processes."""
-        self.check_finite(stage, state)
-        sums, state["sums"] = state["sums"], {}
-        if self.world > 1 and not self.rehearsing:
+    def make_row(self, s):
+        """A line of the log: what was counted since the last one, over all processes."""
+        self.check_finite(s)
+        sums, s.sums = s.sums, {}
+        if self.world > 1:
             for x in sums.values():
                 dist.all_reduce(x)
         steps = sums.pop("steps").item()
-        row = {"stage": stage, "step": state["step"], "seconds": round(self.seconds, 1)}
+        row = {"stage": s.stage, "step": s.step, "seconds": round(self.seconds, 1)}
         row.update({name: (x > 0).sum().item() if x.ndim else x.item() / steps
                     for name, x in sums.items()})
-        state["rows"].append(row)
+        s.rows.append(row)
         return row
 
-    def check_finite(self, stage, state):
-        if state["bad"] >= 0:
-            stop(f"the loss of stage {stage} is not finite at step {int(state['bad'])}: try a lower "
+    def check_finite(self, s):
+        if s.bad >= 0:
+            stop(f"the loss of stage {s.stage} is not finite at step {int(s.bad)}: try a lower "
                  "--lr" + ("; a checkpoint written before is kept, --resume continues from it"
-                           if (self.home / f"checkpoint-{stage}.pt").exists() else ""))
+                           if (self.home / f"checkpoint-{s.stage}.pt").exists() else ""))
 
     @torch.no_grad()
-    def validate(self, stage, state, model, loss, valid, batch_size, most=16):
+    def validate(self, s, valid, batch_size, most=16):
         """The loss and stats of evenly spread validation examples, the same every time."""
         index = torch.linspace(0, len(valid) - 1, min(len(valid), most * batch_size)).long()
         sums = {}
-        model.eval()
-        torch.manual_seed(mix(self.args.seed, stage, "validation"))
+        s.model.eval()
+        torch.manual_seed(mix(self.args.seed, s.stage, "validation"))
         for part in index.split(batch_size):
-            value, stats = self.forward(loss, model, [x.to(self.device) for x in valid[part]])
+            batch = [x.to(self.device) for x in valid[part]]
+            value, stats = self.forward(s.loss, s.model, batch)
             for name, x in {"loss": value, **stats}.items():
                 sums[name] = sums.get(name, 0) + x * (1 if x.ndim else len(part) / len(index))
-        model.train()
+        s.model.train()
         found = {f"valid_{k}": (x > 0).sum().item() if x.ndim else x.item()
                  for k, x in sums.items()}
-        if state["best"] is None or found["valid_loss"] < state["best"]["loss"]:
-            weights = {k: v.detach().to("cpu", copy=True) for k, v in model.state_dict().items()}
-            state["best"] = {"loss": found["valid_loss"], "step": state["step"], "model": weights}
+        if s.best is None or found["valid_loss"] < s.best["loss"]:
+            weights = {k: v.to("cpu", copy=True) for k, v in s.model.state_dict().items()}
+            s.best = {"loss": found["valid_loss"], "step": s.step, "model": weights}
         return found
 
     def agree(self, asked, step):
         """Ctrl-C reaches processes at different steps: they stop together, at a multiple of ten."""
-        if self.world == 1 or self.rehearsing:
+        if self.world == 1:
             return asked
         if step % 10:
             return False
@@ -1280,60 +1290,31 @@ class Run:
 
     # -- files ---------------------------------------------------------------------------------
 
-    def restore(self, stage, model, optimizer, steps):
-        """The state of this stage: a new one, or the checkpoint's, loaded into the model."""
-        state = {"step": 0, "steps": steps, "rows": [], "sums": {}, "best": None}
-        name, source = f"checkpoint-{stage}.pt", self.args.finetune
-        # What a forgotten --resume leaves in the folder belongs to another run.
-        if self.saved and self.exists(name):
-            saved = self.read(name)
-            try:
-                model.load_state_dict(saved["model"])
-                optimizer.load_state_dict(saved["optimizer"])
-                state.update({k: saved[k] for k in ("step", "rows", "best")})
-                if self.rank == 0:
-                    state["sums"] = {k: x.to(self.device) for k, x in saved["sums"].items()}
-                self.seconds_before = max(self.seconds_before, saved["seconds"])
-            except Exception as e:
-                stop(f"{self.home / name} holds another model for stage {stage}: {reason(e)}")
-        elif source:
-            _, _, [weights] = read_run(source, self.script, [stage])
-            try:
-                model.load_state_dict(weights)
-            except RuntimeError as e:
-                stop(f"--finetune {source} holds another model for stage {stage}: {reason(e)}")
-        return state
-
     @property
     def seconds(self):
         """Time spent on this run, before and after a resume."""
         return self.seconds_before + time.time() - self.started
 
     @torch.no_grad()
-    def save(self, stage, state, model, optimizer, loss, batch):
+    def save(self, s, batch):
         """Write this stage's checkpoint and log.csv; a run killed in here loses neither."""
         if self.rank or self.rehearsing:
             return
-        self.check_finite(stage, state)
         # The last update may have spoilt the weights: save what another look confirms.
-        value, _ = self.forward(loss, model.eval(), batch)
-        model.train()
-        if not value.isfinite():
-            state["bad"] = torch.tensor(state["step"])
-            self.check_finite(stage, state)
-        keep = {k: v for k, v in state.items() if k != "bad"}
-        self.write(f"checkpoint-{stage}.pt", lambda f: torch.save({
-            **keep, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+        value, _ = self.forward(s.loss, s.model.eval(), batch)
+        s.model.train()
+        s.bad = torch.where((s.bad < 0) & ~value.isfinite(), s.step, s.bad)
+        self.check_finite(s)
+        state = {name: getattr(s, name) for name in ("step", "steps", "rows", "sums", "best")}
+        self.write(f"checkpoint-{s.stage}.pt", lambda f: torch.save({
+            **state, "model": s.model.state_dict(), "optimizer": s.optimizer.state_dict(),
             "seconds": self.seconds}, f))
-        rows = [row for stage in self.rows.values() for row in stage]
+        rows = [row for rows in self.rows.values() for row in rows]
         text = io.StringIO()
         writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
         writer.writeheader()
         writer.writerows(rows)
-        self.write("log.csv", lambda f: f.write(text.getvalue().encode()))
-
-    def exists(self, name):
-        return self.share(lambda: (self.home / name).exists())
+        self.write_text("log.csv", text.getvalue())
 
     def read(self, name):
         try:
@@ -1359,6 +1340,9 @@ class Run:
             temporary.unlink(missing_ok=True)
             stop(f"{self.out / name} cannot be written: {reason(e)}; what was saved before is kept")
 
+    def write_text(self, name, text):
+        self.write(name, lambda f: f.write(text.encode()))
+
     def finish(self, metrics):
         """metrics.json, curves.png and the last words."""
         if self.rank:
@@ -1367,7 +1351,7 @@ class Run:
             return [valid(y) for y in x] if isinstance(x, list) else (
                 None if isinstance(x, float) and not math.isfinite(x) else x)
         metrics = {k: valid(v) for k, v in {**metrics, "seconds": round(self.seconds, 1)}.items()}
-        self.write("metrics.json", lambda f: f.write(json.dumps(metrics, indent=1).encode()))
+        self.write_text("metrics.json", json.dumps(metrics, indent=1))
         self.draw_curves()
         for name, value in metrics.items():
             numbers = " ".join(f"{x:.4g}" if isinstance(x, float) else str(x)
@@ -1468,6 +1452,28 @@ def read_run(folder, script, stages):
     return args, common["facts"], weights
 
 
+def find_files(root, endings):
+    """(path below root, bytes, time of change) of each file with one of these endings, sorted by
+    path, hidden ones left out. Links to folders are followed; an unreadable folder is an error."""
+    def fail(error):
+        raise error
+
+    files, seen, top = [], set(), os.path.realpath(root) + os.sep
+    for folder, folders, names in os.walk(root, onerror=fail, followlinks=True):
+        here, inside = os.path.realpath(folder), os.path.relpath(folder, root).split(os.sep)
+        if (inside[0], here) in seen or inside != ["."] and top.startswith(here + os.sep):
+            folders.clear()                            # a link back up: would never end
+            continue
+        seen.add((inside[0], here))
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            if name.lower().endswith(endings) and not name.startswith("."):
+                about = os.stat(os.path.join(folder, name))
+                files.append((os.path.normpath(os.path.join(*inside, name)), about.st_size,
+                              about.st_mtime_ns))
+    return sorted(files)
+
+
 def prepare(run, source, key, items, item_shape):
     """Decode data once, in parallel, into a memory-mapped file that all processes of a machine
     share and that later runs find again.
@@ -1477,26 +1483,19 @@ def prepare(run, source, key, items, item_shape):
     times of files; flags): anything else has to be decoded anew.
     Returns all items joined, (sum n_i, *item_shape) uint8, and the list of n_i.
     """
-    folder = run.home.parent / "cache"
-    source_hash, key_hash = (hashlib.sha256(s.encode("utf-8", "surrogateescape")).hexdigest()[:12]
-                             for s in (source, f"{key} {item_shape}"))
-    file = folder / f"{source_hash}-{key_hash}.bin"
+    words = (s.encode("utf-8", "surrogateescape") for s in (source, f"{key} {item_shape}"))
+    name = "-".join(hashlib.sha256(word).hexdigest()[:12] for word in words)
+    file = run.home.parent / "cache" / f"{name}.bin"
     note = file.with_suffix(".json")                   # written last: then the file is whole
     if run.local_rank == 0 and not note.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(file.with_suffix(".tmp"), "ab") as f:
-            if fcntl:
-                fcntl.flock(f, fcntl.LOCK_EX)          # another run may be at it: wait for it
-            if not note.exists():
-                f.truncate(0)                          # of one that was killed
-                lengths = decode(run, source, items, f)
-                f.flush()
-                for stale in folder.glob(f"{source_hash}-*"):
-                    if stale.suffix != ".tmp":
-                        stale.unlink()
-                os.replace(f.name, file)
-                note.with_suffix(".new").write_text(json.dumps(lengths))
-                os.replace(note.with_suffix(".new"), note)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(file.with_suffix(".tmp"), "wb") as f:
+            lengths = decode(run, source, items, f)
+        for stale in file.parent.glob(f"{name.split('-')[0]}-*.[bj]*"):
+            stale.unlink()                             # of other files, or other flags
+        os.replace(f.name, file)
+        note.with_suffix(".new").write_text(json.dumps(lengths))
+        os.replace(note.with_suffix(".new"), note)
     while not note.exists():                           # however long the first process takes
         time.sleep(0.1)
     lengths = json.loads(note.read_text())
@@ -1505,38 +1504,23 @@ def prepare(run, source, key, items, item_shape):
     return joined.view(-1, *item_shape), lengths
 
 
-class Decoded(torch.utils.data.Dataset):
-    """items, with the reason in place of one that cannot be read: an exception would come out of
-    a worker process as a traceback."""
-
-    def __init__(self, items):
-        self.items = items
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, i):
-        try:
-            return torch.from_numpy(self.items[i])
-        except ValueError as e:
-            return str(e)
-
-
 def decode(run, source, items, file):
     """Write items one after the other, decoded by all cores; returns how long each one is."""
     lengths, begun, said = [], time.time(), time.time()
-    workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else
-                  os.cpu_count(), len(items))
-    for x in torch.utils.data.DataLoader(Decoded(items), batch_size=None, generator=torch.Generator(),
-                                         num_workers=workers, worker_init_fn=ignore_interrupts):
-        if isinstance(x, str):
-            raise ValueError(x)
-        file.write(x.numpy())
-        lengths.append(len(x))
-        if time.time() - said > 5:
-            said, share = time.time(), len(lengths) / len(items)
-            left = int((said - begun) * (1 - share) / share)
-            run.say(f"{source}: {100 * share:.0f} % decoded, {left // 60}:{left % 60:02d} left")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    loader = torch.utils.data.DataLoader(
+        items, batch_size=None, num_workers=min(cores, len(items)), generator=torch.Generator(),
+        worker_init_fn=ignore_interrupts)
+    try:
+        for x in loader:
+            file.write(x.numpy())
+            lengths.append(len(x))
+            if time.time() - said > 5:
+                said, share = time.time(), len(lengths) / len(items)
+                left = int((said - begun) * (1 - share) / share)
+                run.say(f"{source}: {100 * share:.0f} % decoded, {left // 60}:{left % 60:02d} left")
+    except ValueError as e:  # comes out of a worker as a traceback; its last line is what was said
+        raise ValueError(str(e).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
     return lengths
 
 
@@ -1602,23 +1586,14 @@ class Interrupt:
             signal.signal(number, handler)
 
 
-def process_number(name, default):
-    text = os.environ.get(name, str(default))
-    if not text.isdigit():
-        stop(f"{name}={text} in the environment; torchrun puts a number there")
-    return int(text)
-
-
 def pick_device(name, local_rank=0):
-    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-           "cpu": True}
-    if name == "auto":
-        name = next(n for n in ("cuda", "mps", "cpu") if has[n])
+    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = next(n for n in has if has[n]) if name == "auto" else name
     if not has[name]:
         stop(f"--device {name}: torch {torch.__version__} finds none on this machine")
     if name == "cuda":
         torch.cuda.set_device(local_rank)
-    return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
+    return torch.device(name, local_rank if name == "cuda" else None)
 
 
 def mix(*parts):
@@ -1636,8 +1611,3 @@ def schedule(step, steps, decay):
     up = (step + 1) / min(100, 1 + steps // 4)
     down = (steps - step) / (decay * steps) if decay > 0 else 1.0
     return min(1.0, up, down)
-
-
-def command():
-    """How this script was called, without its flags."""
-    return f"python {os.path.basename(sys.argv[0])}"

@@ -22,7 +22,7 @@ from torch.utils.data import TensorDataset
 
 from conftest import ROOT
 from vqvae import (Decoder, Encoder, Parser, Run, VectorQuantizer, VectorQuantizerEMA, batches,
-                   launch, prepare, read_run, reading, schedule, smallest_int)
+                   find_files, launch, prepare, read_run, reading, schedule, smallest_int)
 
 PRESETS = {"demo": dict(steps=6, prior_steps=6, batch_size=4, lr=0.01)}
 X = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
@@ -323,8 +323,7 @@ def test_checkpoints_are_written_by_the_clock(make_run, monkeypatch):
     run, now, steps = make_run(), [0.0], []
     monkeypatch.setattr(time, "time", lambda: now[0])
     save = run.save
-    monkeypatch.setattr(run, "save", lambda stage, state, *a: (steps.append(state["step"]),
-                                                               save(stage, state, *a)))
+    monkeypatch.setattr(run, "save", lambda s, batch: (steps.append(s.step), save(s, batch)))
     train(run, network(), lambda step: now.__setitem__(0, now[0] + 25), steps=20000 // 2000)
     assert steps == [3, 6, 9, 10], "one a minute whatever the log does, and one at the end"
 
@@ -446,7 +445,7 @@ def test_fewer_examples_than_a_batch(make_run, capsys):
     (["--preset", "huge"], "--preset"), (["--device", "abacus"], "--device"),
     (["--precision", "int4"], "--precision"), (["--nonsense"], "--nonsense"),
     (["--seed", "-1"], "--seed"), (["--seed", str(2 ** 70)], "--seed"), (["--data", ""], "--data"),
-    (["--resum"], "--resum"), (["--keep", "all"], "--keep")])
+    (["--ste", "3"], "--ste"), (["--keep", "all"], "--keep")])
 def test_bad_flag_is_named(make_run, capsys, tmp_path, flags, named):
     line = stopped(capsys, make_run, *flags)
     assert line.startswith("error: ") and named in line
@@ -566,6 +565,7 @@ def launched(monkeypatch, tmp_path, capsys):
         launch(parser, load_data or (lambda run: Data(x)), main, use)
         return made[-1]
 
+    go.main, go.made = main, made
     go.out, go.err = tmp_path / "out", lambda: capsys.readouterr().err
     return go
 
@@ -594,12 +594,16 @@ def test_what_would_fail_late_fails_in_the_rehearsal(launched):
     assert not launched.out.exists()
 
 
-def test_the_rehearsal_moves_no_random_number(launched, make_run, tmp_path):
-    rehearsed = launched("--device", "cpu")
-    train_directly = make_run(out=tmp_path / "direct")
-    train_directly.fit("one", network(), lambda net, x: (net(x).square().mean(), {}),
-                       TensorDataset(X), 6, 4, 0.01)
-    assert same(*[checkpoint(run)["model"] for run in (rehearsed, train_directly)])
+def test_the_rehearsal_moves_no_random_number(launched):
+    states = []
+
+    def main(run, data):
+        states.append(torch.rand(3))
+        run.out.mkdir(parents=True, exist_ok=True)
+        return launched.main(run, data)
+
+    launched(main=main)
+    assert torch.equal(*states), "the experiment must find what the rehearsal has found"
 
 
 def test_the_rehearsal_leaves_nothing(launched, monkeypatch, tmp_path):
@@ -609,6 +613,29 @@ def test_the_rehearsal_leaves_nothing(launched, monkeypatch, tmp_path):
     assert list((tmp_path / "tmp").iterdir()) == []
     with open(launched.out / "log.csv") as f:
         assert [r["step"] for r in csv.DictReader(f)] == list("123456")
+
+
+def test_the_log_begins_without_the_rehearsal(launched):
+    logs = []
+
+    def main(run, data):
+        for stage in ("first", "next"):
+            run.fit(stage, network(), lambda net, x: (net(x).sum(), {}), TensorDataset(data.x), 2, 4,
+                    0.01)
+            logs.append("" if run.rehearsing else (run.out / "log.csv").read_text())
+
+    with pytest.raises(IndexError):                    # main did not tell what it made
+        launched(main=main)
+    assert "next" not in logs[2] and "next" in logs[3], "stage two was not begun yet"
+
+
+def test_a_fresh_run_does_not_look_at_the_checkpoint_that_it_moves_aside(launched):
+    def main(run, data):
+        run.fit("one", nn.Linear(3, 1), lambda net, x: (net(x).sum(), {}), TensorDataset(data.x), 2,
+                4, 0.01)
+
+    launched()
+    launched(main=main)                                # another model under the same name: fine
 
 
 @pytest.mark.parametrize("flags, named", [
@@ -717,6 +744,9 @@ def test_only_a_finished_run_of_the_script_is_read(make_run, spoil, said):
     train(run, network())
     args, facts, (weights,) = read_run(run.out, "test", ["one"])
     assert args.batch_size == 4 and same(dict(weights), checkpoint(run)["model"])
+    best = {"loss": 0.0, "step": 3, "model": {"a": torch.ones(2)}}
+    torch.save({**checkpoint(run), "best": best}, run.out / "checkpoint-one.pt")
+    assert same(read_run(run.out, "test", ["one"])[2], [best["model"]]), "--keep best is the default"
     spoil(run.out)
     with pytest.raises(ValueError, match=said) as error:
         read_run(run.out, "test", ["one"])
@@ -776,6 +806,25 @@ def test_an_unreadable_item_is_named_and_nothing_is_kept(make_run, tmp_path):
     assert not list((tmp_path / "cache").glob("*.json"))
 
 
+def test_files_are_found_through_links_but_not_in_circles(tmp_path):
+    for name in ("a/1.png", "b/deep/2.PNG", ".hidden/3.png", "a/.4.png", "a/5.txt", "0.png"):
+        (tmp_path / "root" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "root" / name).write_bytes(b"12")
+    (tmp_path / "root" / "linked").symlink_to(tmp_path / "root" / "b")         # a class of its own
+    (tmp_path / "root" / "a" / "up").symlink_to(tmp_path / "root")
+    (tmp_path / "root" / "b" / "self").symlink_to(tmp_path / "root" / "b")
+    found = find_files(tmp_path / "root", (".png", ".bmp"))
+    assert [name for name, *_ in found] == ["0.png", "a/1.png", "b/deep/2.PNG", "linked/deep/2.PNG"]
+    assert found[0][1] == 2 and found[0][2] == (tmp_path / "root" / "0.png").stat().st_mtime_ns
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_folder_that_cannot_be_read_is_an_error(tmp_path):
+    (tmp_path / "locked").mkdir(mode=0)
+    with pytest.raises(PermissionError, match="locked"):
+        find_files(tmp_path, (".png",))
+
+
 def test_reading_turns_anything_into_one_line():
     with pytest.raises(ValueError, match="^photo.png: not readable .*odd"):
         with reading("photo.png"):
@@ -825,7 +874,7 @@ def test_training_continues_when_nobody_listens_any_more(tmp_path):
 def test_batch_that_does_not_divide_among_the_processes(make_run, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    line = stopped(capsys, train, make_run(), nn.Linear(3, 1))
+    line = stopped(capsys, make_run)
     assert "--batch-size 4" in line and "3 processes" in line
 
 
@@ -904,7 +953,7 @@ def test_the_log_is_over_all_processes(processes):
 
 def worst(one, two):
     assert one.keys() == two.keys()
-    return max((one[k] - two[k]).abs().max().item() for k in one)
+    return max((one[k].double() - two[k].double()).abs().max().item() for k in one)
 
 
 def test_two_processes_seed_the_codebook_like_one_with_the_joint_batch(processes):
