@@ -10,9 +10,8 @@
 
 p(z) = prod_i p(z_i | z_1 .. z_(i-1)), for images in raster order: left to right, top to bottom.
 Training computes all factors at once: padding keeps each output from seeing its own code and
-later ones. Sampling must go code by code. The naive samplers run the whole network for every
-code: they explain what is computed, and the tests compare the cached samplers with them. The
-cached samplers compute every activation once.
+later ones. Sampling must go code by code. `sample` computes every activation once;
+`sample_naive`, the whole network for every code, says what it computes, and is its test.
 
 Shapes: codes (B, H, W) or (B, T) int64; K codes; C channels. In section 3 also L layers; S skip
 channels; V values of x (K for codes, 256 for speech); N frames of conditioning, T a multiple of
@@ -55,6 +54,15 @@ def gate(x):
     """The gated activation: channels (a, b) -> tanh(a) * sigmoid(b)."""
     a, b = x.chunk(2, 1)
     return a.tanh() * b.sigmoid()
+
+
+def check(model, **conditions):
+    """Each name=(what is given, how many the model was made for) must be both or neither."""
+    for name, (given, wanted) in conditions.items():
+        if (given is not None) != (wanted > 0):
+            made, called = ("with", "without") if wanted else ("without", "with")
+            raise ValueError(f"this {type(model).__name__} was made {made} {name}, and is called "
+                             f"{called}")
 
 
 # == 2. PixelCNN ==============================================================================
@@ -175,7 +183,7 @@ class PixelCNN(nn.Module):
     def forward(self, codes, labels=None, cond=None):
         """codes (B, H, W), labels (B,), cond (B, cond_channels, H, W) or (B, cond_channels, 1, 1)
         -> logits (B, K, H, W). logits[:, :, i, j] see the codes before (i, j), no others."""
-        self.check(labels, cond)
+        check(self, labels=(labels, self.num_classes), cond=(cond, self.cond_channels))
         codes = codes.unsqueeze(1) if self.num_codebooks == 1 else codes           # (B, G, H, W)
         x = self.embed_all(codes.movedim(1, -1)).permute(0, 3, 1, 2)   # (B, C, H, W)
         pos = self.positions(*x.shape[2:]).permute(2, 0, 1)            # (C, H, W)
@@ -201,13 +209,6 @@ class PixelCNN(nn.Module):
         waves = (math.pi * at * torch.arange(1, 9, device=weight.device)).cos().flatten(2)
         return self.pos_embed(waves.to(weight.dtype))                  # (H, W, 16) -> (H, W, C)
 
-    def check(self, labels, cond):
-        for name, given, wanted in (("labels", labels, self.num_classes),
-                                    ("cond", cond, self.cond_channels)):
-            if (given is not None) != (wanted > 0):
-                raise ValueError(f"this PixelCNN was made {'with' if wanted else 'without'} "
-                                 f"{name}, and is called {'without' if wanted else 'with'}")
-
     @torch.no_grad()
     def sample_naive(self, batch, height, width, labels=None, cond=None, temperature=1.0,
                      generator=None):
@@ -231,7 +232,7 @@ class PixelCNN(nn.Module):
         Row by row for the vertical stack, which sees only finished rows; code by code for the
         horizontal one. Returns (batch, height, width) int64, or (batch, G, height, width).
         """
-        self.check(labels, cond)
+        check(self, labels=(labels, self.num_classes), cond=(cond, self.cond_channels))
         B, C, G, W = batch, self.channels, self.num_codebooks, width
         device = self.embed.weight.device
         codes = torch.zeros(height, B, W, G, dtype=torch.long, device=device)
@@ -384,11 +385,7 @@ class WaveNet(nn.Module):
         return None if total is None else total.unflatten(1, (-1, 2 * self.channels))
 
     def check(self, length, cond, speaker):
-        for name, given, wanted in (("cond", cond, self.cond_channels),
-                                    ("speaker", speaker, self.num_speakers)):
-            if (given is not None) != (wanted > 0):
-                raise ValueError(f"this WaveNet was made {'with' if wanted else 'without'} "
-                                 f"{name}, and is called {'without' if wanted else 'with'}")
+        check(self, cond=(cond, self.cond_channels), speaker=(speaker, self.num_speakers))
         if cond is not None and (cond.shape[2] == 0 or length % cond.shape[2]):
             raise ValueError(f"{cond.shape[2]} frames of cond do not divide {length} samples")
 
@@ -637,19 +634,6 @@ class VideoPrior(nn.Module):
             raise ValueError(f"actions must be ({len(codes)}, {length}), one between any two "
                              f"frames; got {tuple(actions.shape)}")
         return actions
-
-    @torch.no_grad()
-    def sample_naive(self, codes, actions=None, frames=1, temperature=1.0, generator=None):
-        """The plain sampler: the whole network, over the whole clip, for every code."""
-        B, T, H, W = codes.shape
-        clip = F.pad(codes, (0, 0, 0, 0, 0, frames))                   # (B, T + frames, H, W)
-        for t in range(T, T + frames):
-            for i in range(H):
-                noise = gumbel(W, B, self.num_codes, generator=generator, device=codes.device)
-                for j in range(W):
-                    logits = self(clip, actions)[:, :, t, i, j]
-                    clip[:, t, i, j] = draw(logits, noise[j], temperature)
-        return clip[:, T:]
 
     @torch.no_grad()
     def sample(self, codes, actions=None, frames=1, temperature=1.0, generator=None):

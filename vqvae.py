@@ -174,8 +174,8 @@ class VectorQuantizer(nn.Module):
         next one with a probability proportional to its squared distance from the nearest one
         chosen before (Arthur and Vassilvitskii, 2007).
 
-        Uniform picks would lie side by side where most latents are (the sky, a wall), and all but
-        a few of those would never be nearest to anything.
+        Uniform picks would crowd where most latents are (the sky, a wall), and most would never
+        be nearest to anything.
         """
         _, world = processes()
         if world > 1:                                  # from the joint batch of all processes
@@ -203,9 +203,8 @@ class VectorQuantizer(nn.Module):
         """Move dead codes to vectors of this batch: z (G, N, D), and the rows (G, N) they chose.
 
         The encoder starts out so vague that a few codes do for all it says, and leaves the others
-        behind as it learns to say more. The count is over all processes, and all move the same
-        codes to the same vectors of the joint batch. Nothing is drawn at random, and nothing makes
-        a GPU wait: the number of dead codes is never asked for.
+        behind as it learns to say more. All processes count together, and move the same codes to
+        the same vectors of the joint batch. No random number is drawn, and no GPU has to wait.
         """
         (G, N, _), (rank, world) = z.shape, processes()
         self.unused += N * world
@@ -401,9 +400,8 @@ class Decoder(nn.Sequential):
 class Gaussian:
     """p(x|z) = N(x; decoder output, sigma^2 I), x scaled to [-0.5, 0.5]: "MSE over pixels".
 
-    The paper leaves sigma free, and with it the scale of the first term of eq. 3. Here
-    2 sigma^2 is the variance of the training data, so that -log p is the squared error in units
-    of that variance, and a model that outputs the mean image scores 1 a dimension.
+    The paper leaves sigma free, and with it the scale of eq. 3's first term. With 2 sigma^2 the
+    variance of the training data, a model that outputs the mean image scores 1 a dimension.
     """
 
     outputs = 1  # decoder channels for each channel of x
@@ -423,9 +421,8 @@ class Gaussian:
 class Categorical:
     """p(x|z) = a softmax over the 256 intensities of every colour of every pixel.
 
-    What the authors used for the likelihoods of sec. 4.1 (they said so by e-mail; the paper does
-    not). A distribution over bytes, so -log2 p is a number of bits: comparable between models,
-    and with the 8 bits of a byte nothing is known about.
+    What the authors used for sec. 4.1 (they said so by e-mail; the paper does not). -log2 p is a
+    number of bits: comparable between models, and with the 8 bits of a byte itself.
     """
 
     outputs = 256
@@ -433,10 +430,9 @@ class Categorical:
     def init_logits(self, layer):
         """Initialise a decoder's last, transposed convolution as if p(x|z) were a Gaussian.
 
-        Not in the paper. A softmax does not know that 100 lies between 99 and 101, and has to
-        meet each of them before it expects it. With these weights it knows: the bias is a wide
-        bell, a cosine of half a period moves it to darker or brighter, and one of a whole period
-        makes it narrower or wider. All 256 logits stay free to become anything else.
+        Not in the paper. A softmax does not know that 100 lies between 99 and 101. With these
+        weights it does: the bias is a wide bell, a cosine of half a period moves it to darker or
+        brighter, one of a whole period makes it narrower or wider. All 256 logits stay free.
         """
         level = (torch.arange(256) + 0.5) / 256                        # 0 .. 1
         inputs, outputs, *window = layer.weight.shape                  # outputs = C * 256
@@ -474,8 +470,8 @@ class Logistics:
 
         P(k) = sigmoid(a) - sigmoid(b),  a = (k + 1/2 - m) / s,  b = (k - 1/2 - m) / s
 
-    It has 3 M outputs where the softmax has 256, and contains what that has to learn: that near
-    intensities are alike. At equal computing time it is far ahead. m and s are in units of 255.
+    3 M outputs for the softmax's 256, and near intensities are alike from the start: far ahead
+    at equal computing time. m and s are in units of 255.
     """
 
     def __init__(self, mixtures=1):
@@ -542,11 +538,10 @@ def loss_per_latent(nll, q):
     over all of x and divided by the number of latents, as terms 2 and 3 are.
 
     Literally, eq. 3 sums its first term over all of x, and "we get an average over N terms" for
-    the others: the bigger the image, the less they would weigh. A sum over the latents in all three
-    has no such dependence on size, and divided by N it is the loss of one latent: what the part of
-    x that it stands for costs, plus how far its z_e is from e. For 32 x 32 x 3 bytes and 8 x 8
-    codes that part is 48 dimensions. The authors' public code averages over the dimensions of x
-    and over the D of z: there terms 2 and 3 weigh 48 / D of what they do here, 3/4 for D = 64.
+    the others: the bigger the image, the less they would weigh. This is the loss of one latent
+    at every size: what its part of x costs, plus how far its z_e is from e. For 32 x 32 x 3 bytes
+    and 8 x 8 codes that part is 48 dimensions. The authors' public code averages over the
+    dimensions of x and over the D of z: terms 2 and 3 then weigh 48 / D of what they do here.
     """
     return nll.sum() / q.codes.numel() + q.loss
 
@@ -823,12 +818,11 @@ class GlobalVQVAE(nn.Module):
 
     "We use only three latent variables (each with K=512 and their own embedding space e)":
     quantizer has three codebooks, and they are all that the decoder is told about the map.
-
-    decoder(codes, cond=z_q) -> logits (B, K, h, w), autoregressive: a PixelCNN. Such a decoder
-    can do without z. Its likelihood takes the place of the first stage's pixels in eq. 3.
+    decoder(codes, cond=z_q) -> logits (B, K, h, w), autoregressive: a PixelCNN, which could do
+    without z. Its likelihood takes the place of the pixels' in eq. 3.
 
     The encoder takes e = lookup(codes) of the first stage: codes that mean nearly the same are
-    near each other there, which a new embedding would have to learn from the few maps there are.
+    near each other there, which a new embedding would have to learn.
     """
 
     def __init__(self, quantizer, decoder, in_channels, field, hidden=256, res_hidden=256):
@@ -854,10 +848,9 @@ class GlobalVQVAE(nn.Module):
 class GlobalVAE(nn.Module):
     """The same with a Gaussian z of `latents` numbers: what "this setup typically breaks".
 
-    The bound is -log p(codes|z) + KL(q(z|codes) || p(z)). z pays its KL for everything it tells,
-    and a PixelCNN that has seen the first few codes knows most of it for nothing: it is cheaper
-    to leave z alone, with q(z|x) = p(z) and KL 0, "posterior collapse". The VQ-VAE's rate is a
-    constant; being silent saves it nothing.
+    The bound is -log p(codes|z) + KL(q(z|codes) || p(z)). z pays for everything it tells, and a
+    PixelCNN that has seen the first few codes knows most of it for nothing: q(z|x) = p(z), KL 0
+    is cheaper, "posterior collapse". The VQ-VAE's rate is constant; silence saves nothing.
     """
 
     def __init__(self, latents, decoder, in_channels, field, hidden=256, res_hidden=256):
@@ -887,11 +880,11 @@ def code_nll(decoder, codes, z):
 
 
 def launch(parser, load_data, main, use=None):
-    """What `python train_x.py` does. main(run, data) is the experiment, told as the paper tells
-    it; use(args) works on a finished run, if one of the flags in parser.uses is given.
+    """What `python train_x.py` does: main(run, data), the experiment, or use(args) on a finished
+    run if one of the flags in parser.uses is given.
 
     Bad luck ends here, in one line: what loaders find wrong (ValueError), what the operating
-    system and the allocator refuse, and what would fail after hours, for it fails in the rehearsal.
+    system and the allocator refuse, and in the rehearsal what would fail after hours.
     """
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="backslashreplace")  # a terminal without this letter
@@ -1100,11 +1093,10 @@ class Run:
     def fit(self, stage, model, loss, data, steps, batch_size, lr, valid=None):
         """Minimise loss by Adam, or continue where the checkpoint says that this stage stopped.
 
-        data, valid: data sets that answer a list of indices with a tuple of CPU tensors, a whole
-        batch (torch.utils.data.TensorDataset does).
-        loss(net, *batch) -> (scalar, stats): net is the model (wrapped when there are several
-        processes). stats maps names to tensors: scalars are averaged since the last line of the
-        log; vectors are counts, and the log says how many were not zero ("codes used").
+        data, valid: data sets that answer a list of indices with a whole batch, a tuple of CPU
+        tensors (torch.utils.data.TensorDataset does). loss(net, *batch) -> (scalar, stats), net
+        being the model, wrapped if there are several processes. stats maps names to tensors:
+        scalars are averaged for the log; vectors are counts, and it says how many are not zero.
         valid is measured some 20 times; --keep best keeps the weights that were best on it.
         Returns the model in eval mode.
         """
@@ -1114,10 +1106,10 @@ class Run:
         self.make_folder()
         s = self.restore(stage, model.to(self.device).train(), loss, steps, lr)
         begun, saved_at, first, every = time.time(), time.time(), s.step, max(1, steps // 200)
-        with Interrupt() as interrupt:
+        with interrupts() as interrupted:
             for batch in self.loader(data, stage, range(first, steps), batch_size):
                 self.train(s, batch)
-                asked, last = self.agree(interrupt.asked, s.step), s.step == steps
+                asked, last = self.agree(bool(interrupted), s.step), s.step == steps
                 if last or s.step % every == 0:
                     row = self.make_row(s)
                     if valid is not None and (last or s.step % (10 * every) == 0):
@@ -1331,23 +1323,19 @@ class Run:
         rows = [row for stage in self.rows.values() for row in stage]
         panels = list(dict.fromkeys((row["stage"], name.removeprefix("valid_")) for row in rows
                                     for name in row if name not in ("stage", "step", "seconds")))
-        columns = min(4, len(panels)) or 1
-        height = -(-len(panels) // columns) or 1
-        figure = Figure((3.2 * columns, 2.4 * height), layout="constrained")
-        axes = figure.subplots(height, columns, squeeze=False)
-        for axis, (stage, name) in zip(axes.flat, panels):
+        height = -(-len(panels) // 4) or 1
+        figure = Figure((12.8, 2.4 * height), layout="constrained")
+        for i, (stage, name) in enumerate(panels, 1):
+            axis = figure.add_subplot(height, 4, i, title=f"{stage}: {name}", xlabel="step")
             for key, label in ((name, "training"), (f"valid_{name}", "validation")):
                 points = [(r["step"], r[key]) for r in rows if r["stage"] == stage and key in r]
                 if points:
                     axis.plot(*zip(*points), linewidth=1, label=label)
-            axis.set(title=f"{stage}: {name}", xlabel="step")
             axis.legend(fontsize=7)
-        for axis in axes.flat[len(panels):]:
-            axis.axis("off")
         self.write("curves.png", lambda f: figure.savefig(f, format="png", dpi=100))
 
     def picture(self, name, images, title="", columns=(), rows=()):
-        """name.png: a grid of images (rows, columns, 3 or 1, H, W) uint8, with the names of both."""
+        """name.png: a grid of images (rows, columns, C, H, W) uint8, with the names of both."""
         from matplotlib.figure import Figure
         if self.rank:
             return
@@ -1427,19 +1415,16 @@ def find_files(root, endings):
     def fail(error):
         raise error
 
-    files, seen, top = [], set(), os.path.realpath(root) + os.sep
+    files = []
     for folder, folders, names in os.walk(root, onerror=fail, followlinks=True):
-        here, inside = os.path.realpath(folder), os.path.relpath(folder, root).split(os.sep)
-        if (inside[0], here) in seen or inside != ["."] and top.startswith(here + os.sep):
-            folders.clear()                            # a link back up: would never end
-            continue
-        seen.add((inside[0], here))
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        above = os.path.realpath(folder) + os.sep      # a link back up would never end
+        folders[:] = [name for name in folders if not name.startswith(".") and not above.startswith(
+            os.path.realpath(os.path.join(folder, name)) + os.sep)]
         for name in names:
             if name.lower().endswith(endings) and not name.startswith("."):
-                about = os.stat(os.path.join(folder, name))
-                files.append((os.path.normpath(os.path.join(*inside, name)), about.st_size,
-                              about.st_mtime_ns))
+                file = os.path.join(folder, name)
+                about = os.stat(file)
+                files.append((os.path.relpath(file, root), about.st_size, about.st_mtime_ns))
     return sorted(files)
 
 
@@ -1460,9 +1445,8 @@ def prepare(run, source, key, items, item_shape):
         temporary = file.with_suffix(f".{os.getpid()}.tmp")
         with open(temporary, "wb") as f:
             lengths = decode(run, source, items, f)
-            # At the end what is needed to read it: the lengths as JSON, and their length.
-            f.write(note := json.dumps(lengths).encode())
-            f.write(len(note).to_bytes(8, "little"))
+            f.write(json.dumps(lengths).encode())      # and how long that is, in 16 letters
+            f.write(b"%16d" % len(json.dumps(lengths)))
         for stale in file.parent.glob(f"{name.split('-')[0]}-*"):      # other files, other flags
             if stale != temporary:
                 stale.unlink()
@@ -1470,9 +1454,9 @@ def prepare(run, source, key, items, item_shape):
     while not file.exists():                           # however long the first process takes
         time.sleep(0.1)
     with open(file, "rb") as f:
-        f.seek(-8, os.SEEK_END)
-        f.seek(-8 - int.from_bytes(f.read(), "little"), os.SEEK_END)
-        lengths = json.loads(f.read()[:-8])
+        f.seek(-16, os.SEEK_END)
+        f.seek(-16 - int(f.read()), os.SEEK_END)
+        lengths = json.loads(f.read()[:-16])
     size = sum(lengths) * math.prod(item_shape)
     joined = torch.from_file(str(file), shared=False, size=size, dtype=torch.uint8)
     return joined.view(-1, *item_shape), lengths
@@ -1541,21 +1525,20 @@ def safe_name(text):
     return re.sub(r"[^\w.-]+", "_", str(text).encode("ascii", "replace").decode())[:40]
 
 
-class Interrupt:
-    """Ctrl-C stops at the end of the step; a second one stops at once."""
+@contextmanager
+def interrupts():
+    """A list that Ctrl-C is added to, for the end of the step; a second one stops at once."""
+    def ask(number, frame):
+        asked.append(number)
+        signal.signal(number, old[number])
 
-    def __enter__(self):
-        self.asked, self.old = False, {}
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self.old[number] = signal.signal(number, self.ask)
-        return self
-
-    def ask(self, number, frame):
-        self.asked = True
-        signal.signal(number, self.old[number])
-
-    def __exit__(self, *error):
-        for number, handler in self.old.items():
+    asked, old = [], {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        old[number] = signal.signal(number, ask)
+    try:
+        yield asked
+    finally:
+        for number, handler in old.items():
             signal.signal(number, handler)
 
 

@@ -477,7 +477,8 @@ def test_bad_flag_of_this_script_is_named(main, capsys, flags):
 
 def fake_run(**args):
     return SimpleNamespace(args=SimpleNamespace(seed=0, model="vqvae", num_codebooks=1, **args),
-                           device="cpu", say=lambda text: None, rehearsing=False, rank=1)
+                           device="cpu", say=lambda text: None, rehearsing=False, rank=1,
+                           picture=lambda *args, **kwargs: None)
 
 
 @pytest.fixture
