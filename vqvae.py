@@ -44,6 +44,7 @@ import tempfile
 import time
 import traceback
 import zlib
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from copy import copy
 from functools import partial
@@ -1466,24 +1467,28 @@ def decode(run, source, items, file):
     """Write items one after the other, decoded by all cores; returns how long each one is."""
     lengths, begun, said = [], time.time(), time.time()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    loader = torch.utils.data.DataLoader(
-        items, batch_size=None, num_workers=min(cores, len(items)), generator=torch.Generator(),
-        worker_init_fn=ignore_interrupts)
-    try:
-        for x in loader:
-            file.write(x.numpy())
+    with ProcessPoolExecutor(min(cores, len(items)), None, begin_decoding, (items,)) as pool:
+        for x in pool.map(decode_item, range(len(items)), chunksize=16):
+            file.write(x.tobytes())
             lengths.append(len(x))
             if time.time() - said > 5:
                 said, share = time.time(), len(lengths) / len(items)
                 left = int((said - begun) * (1 - share) / share)
                 run.say(f"{source}: {100 * share:.0f} % decoded, {left // 60}:{left % 60:02d} left")
-    except ValueError as e:  # comes out of a worker as a traceback; its last line is what was said
-        raise ValueError(str(e).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
     return lengths
 
 
-def ignore_interrupts(worker):
-    """Ctrl-C reaches the loader's workers too; the main process still wants its batch."""
+def begin_decoding(items):
+    ignore_interrupts()
+    decode_item.items = items                          # in this process, once
+
+
+def decode_item(i):
+    return decode_item.items[i]
+
+
+def ignore_interrupts(worker=0):
+    """Ctrl-C reaches worker processes too, but the main process still wants its batch."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
