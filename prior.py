@@ -5,13 +5,13 @@
                   "Conditional Image Generation with PixelCNN Decoders"
     3. WaveNet    for codes in time, and for raw speech: sec. 4.3's decoder p(x|z), after [37],
                   van den Oord et al. 2016, "WaveNet: A Generative Model for Raw Audio"
-    4. VideoPrior for clips of code maps, given actions: a U-Net over the last frames conditions
-                  a PixelCNN over the next one
+    4. VideoPrior for clips of code maps, given actions: a PixelCNN over the next frame,
+                  conditioned on a U-Net over the last ones
 
 p(z) = prod_i p(z_i | z_1 .. z_(i-1)), for images in raster order: left to right, top to bottom.
-Training computes all factors at once: padding keeps each output from seeing its own code and the
+Training computes all factors at once: padding keeps each output from seeing its own code and
 later ones. Sampling must go code by code. The naive samplers run the whole network for every
-code; they are the explanation, and the oracle that the cached ones are tested against. The
+code: they explain what is computed, and the tests compare the cached samplers with them. The
 cached samplers compute every activation once.
 
 Shapes: codes (B, H, W) or (B, T) int64; K codes; C channels. In section 3 also L layers; S skip
@@ -47,11 +47,10 @@ def gumbel(*shape, generator=None, device=None):
 def draw(logits, noise, temperature):
     """Sample from softmax(logits / temperature), (B, K) -> (B,), by the Gumbel-max trick.
 
-    argmax(logits / temperature + noise) has exactly that distribution. With the noise handed in,
-    a cached sampler and its naive oracle make the same choices; at temperature 0 it is the
-    argmax.
+    argmax(logits / temperature + noise) has exactly that distribution. With the noise as an
+    argument, cached and naive samplers draw the same codes; temperature 0 gives the argmax.
     """
-    return (logits + temperature * noise).argmax(1)
+    return torch.add(logits, noise, alpha=temperature).argmax(1)
 
 
 def gate(x):
@@ -72,7 +71,7 @@ class PixelCNNLayer(nn.Module):
     the right stay unseen. Two stacks see them all. v and h enter shifted (see PixelCNN.forward),
     so here a position may look at itself.
 
-    A kernel of 2r+1 lets v see r rows further up and r columns to both sides, h r columns back.
+    With a kernel of 2r+1, v sees r rows further up and r columns to both sides, h r columns back.
     """
 
     def __init__(self, channels, kernel, num_classes, cond_channels):
@@ -80,19 +79,19 @@ class PixelCNNLayer(nn.Module):
         C, self.reach = channels, kernel // 2
         self.vertical = nn.Conv2d(C, 2 * C, (self.reach + 1, kernel))
         self.horizontal = nn.Conv2d(C, 2 * C, (1, self.reach + 1))
-        self.link = nn.Conv2d(2 * C, 2 * C, 1, bias=False)  # what h hears of v
+        self.link = nn.Conv2d(2 * C, 2 * C, 1, bias=False)  # from v to h
         self.out = nn.Conv2d(C, C, 1, bias=False)
         self.label = nn.Embedding(num_classes, 4 * C) if num_classes else None
         self.cond = nn.Conv2d(cond_channels, 4 * C, 1, bias=False) if cond_channels else None
 
     def bias(self, labels, cond):
-        """What class and conditioning map add inside the two gates: 2 x (B, 2C, H|1, W|1), or 0."""
-        total = torch.zeros((), device=self.out.weight.device)
+        """What class and conditioning map add inside the two gates: 2 x (B|1, 2C, H|1, W|1)."""
+        total = self.out.weight.new_zeros(1, 4 * len(self.out.weight), 1, 1)
         if self.label is not None:
             total = total + self.label(labels)[:, :, None, None]
         if self.cond is not None:
             total = total + self.cond(cond)
-        return total.chunk(2, 1) if total.ndim else (total, total)
+        return total.chunk(2, 1)
 
     def forward(self, v, h, bias):
         """v, h (B, C, H, W) -> v, h (B, C, H, W)."""
@@ -103,11 +102,12 @@ class PixelCNNLayer(nn.Module):
         return v + gate(x_v + bias[0]), h
 
 
-class SliceHead(nn.Module):
+class CodebookHead(nn.Module):
     """From the horizontal stack to logits, for G codes at every position, one after the other.
 
-    The stacks order positions. Within one, slice g sees the slices before it: their embeddings
-    are added to its hidden layer, as green sees red in a PixelCNN on colours. G = 1: a plain MLP.
+    The stacks order the positions. Within a position, the code of codebook g is conditioned on
+    those of the codebooks before it, as green is on red in a PixelCNN over pixels: their
+    embeddings are added to its hidden layer. With G = 1 this is a plain MLP.
     """
 
     def __init__(self, channels, num_codes, num_codebooks):
@@ -128,25 +128,32 @@ class SliceHead(nn.Module):
         x = torch.cat([x, x + e.cumsum(1)], 1).relu()                  # (B, G, H, W, hidden)
         return torch.einsum("bghwa,gak->bkghw", x, self.weight) + self.bias.t()[:, :, None, None]
 
-    def step(self, h, noise, temperature):
-        """One position: h (B, C), noise (G, B, K) -> G codes (B, G)."""
-        x, codes = F.linear(h.relu(), self.enter.weight.flatten(1), self.enter.bias), []
-        for g, (weight, bias) in enumerate(zip(self.weight, self.bias)):
-            if g:
-                x = x + self.before(codes[-1] + (g - 1) * self.num_codes)
-            codes.append(draw(torch.addmm(bias, x.relu(), weight), noise[g], temperature))
-        return torch.stack(codes, 1)
+    def stepper(self):
+        """A function step(h (B, C), noise (G, B, K), temperature) -> G codes (B,)."""
+        enter, bias = self.enter.weight.flatten(1).t(), self.enter.bias
+        before = [None, *self.before.weight.split(self.num_codes)]
+        codebooks = list(zip(before, self.weight, self.bias))
+
+        def step(h, noise, temperature):
+            x, codes = torch.addmm(bias, h.relu(), enter), []
+            for (table, weight, bias_g), noise_g in zip(codebooks, noise):
+                if codes:
+                    x = x + table.index_select(0, codes[-1])
+                codes.append(draw(torch.addmm(bias_g, x.relu(), weight), noise_g, temperature))
+            return codes
+
+        return step
 
 
 class PixelCNN(nn.Module):
-    """p(codes) for a field of codes (B, H, W), given a class and / or a conditioning map.
+    """p(codes) for a grid of codes (B, H, W), given a class and / or a conditioning map.
 
     Args:
         num_codes: K. channels: C, width of both stacks. num_layers: one of kernel 7, the rest of
-            kernel 5 (two rows a layer). A field of (H, W) is seen whole if
+            kernel 5 (two rows per layer). The receptive field covers a grid of (H, W) if
             2 * num_layers + 1 >= max(H - 2, W - 1): see `layers_for`.
         num_classes: > 0 for p(codes | label). cond_channels: > 0 for p(codes | map).
-        num_codebooks: G > 1 for codes (B, G, H, W), the slices of a position in their order;
+        num_codebooks: G > 1 for codes (B, G, H, W), the G codes of a position in order;
             logits are then (B, K, G, H, W).
 
     The paper says "capacity similar to the PixelCNN paper" and no more.
@@ -158,11 +165,11 @@ class PixelCNN(nn.Module):
         self.num_codes, self.channels, self.num_codebooks = num_codes, channels, num_codebooks
         self.num_classes, self.cond_channels = num_classes, cond_channels
         self.embed = nn.Embedding(num_codebooks * num_codes, channels)
-        self.place = nn.Linear(2 * 8, channels)
+        self.pos_embed = nn.Linear(2 * 8, channels)
         self.layers = nn.ModuleList(
             PixelCNNLayer(channels, 5 if i else 7, num_classes, cond_channels)
             for i in range(num_layers))
-        self.head = SliceHead(channels, num_codes, num_codebooks)
+        self.head = CodebookHead(channels, num_codes, num_codebooks)
 
     @staticmethod
     def layers_for(height, width):
@@ -175,30 +182,28 @@ class PixelCNN(nn.Module):
         self.check(labels, cond)
         codes = codes.unsqueeze(1) if self.num_codebooks == 1 else codes           # (B, G, H, W)
         x = self.embed_all(codes.movedim(1, -1)).permute(0, 3, 1, 2)   # (B, C, H, W)
-        place = self.places(*x.shape[2:]).permute(2, 0, 1)             # (C, H, W)
-        v = F.pad(x, (0, 0, 1, -1)) + place            # one row down: row i holds codes of row i-1
-        h = F.pad(x, (1, -1, 0, 0)) + place            # one column right: (i, j) holds (i, j-1)
+        pos = self.positions(*x.shape[2:]).permute(2, 0, 1)            # (C, H, W)
+        v = F.pad(x, (0, 0, 1, -1)) + pos              # one row down: row i holds codes of row i-1
+        h = F.pad(x, (1, -1, 0, 0)) + pos              # one column right: (i, j) holds (i, j-1)
         for layer in self.layers:
             v, h = layer(v, h, layer.bias(labels, cond))
         logits = self.head(h, codes)
         return logits.squeeze(2) if self.num_codebooks == 1 else logits
 
     def embed_all(self, codes):
-        """Codes of G slices (..., G) -> the sum of their embeddings (..., C)."""
+        """Codes of G codebooks (..., G) -> the sum of their embeddings (..., C)."""
         first = torch.arange(self.num_codebooks, device=codes.device) * self.num_codes
         return self.embed(codes + first).sum(-2)
 
-    def places(self, height, width):
-        """Tells each position where in the field it is, (H, W, C): of eight cosines of its row
-        and eight of its column. Convolutions alone would have to find that out from the zeros
-        around the field, in many layers. Not in the paper."""
-        def cosines(n):
-            at = (torch.arange(n, device=self.place.weight.device) + 0.5) / n  # 0 .. 1
-            return (math.pi * at[:, None] * torch.arange(1, 9, device=at.device)).cos()
-
-        row, column = cosines(height)[:, None], cosines(width)         # (H, 1, 8), (W, 8)
-        both = torch.cat([row.expand(-1, width, -1), column.expand(height, -1, -1)], 2)
-        return self.place(both.to(self.place.weight.dtype))
+    def positions(self, height, width):
+        """Positional encoding (H, W, C), from eight cosines of the row and eight of the column.
+        Convolutions alone must infer a position from the zero padding, over many layers. Not in
+        the paper."""
+        weight = self.pos_embed.weight
+        at = [(torch.arange(n, device=weight.device) + 0.5) / n for n in (height, width)]  # 0 .. 1
+        at = torch.stack(torch.meshgrid(at, indexing="ij"), 2).unsqueeze(3)        # (H, W, 2, 1)
+        waves = (math.pi * at * torch.arange(1, 9, device=weight.device)).cos().flatten(2)
+        return self.pos_embed(waves.to(weight.dtype))                  # (H, W, 16) -> (H, W, C)
 
     def check(self, labels, cond):
         for name, given, wanted in (("labels", labels, self.num_classes),
@@ -227,65 +232,81 @@ class PixelCNN(nn.Module):
                generator=None):
         """The same codes from the same generator, for about the work of one forward pass.
 
-        Row by row for the vertical stack, which needs nothing but finished rows; code by code
-        for the horizontal one, which keeps what it has computed of the row in `line`.
-        Returns (batch, height, width) int64, or (batch, G, height, width).
+        Row by row for the vertical stack, which sees only finished rows; code by code for the
+        horizontal one. Returns (batch, height, width) int64, or (batch, G, height, width).
         """
         self.check(labels, cond)
         B, C, G, W = batch, self.channels, self.num_codebooks, width
         device = self.embed.weight.device
-        codes = torch.zeros(B, height, W, G, dtype=torch.long, device=device)
-        weights = [self.step_weights(layer) for layer in self.layers]
-        # Inputs of each layer's vertical convolution, all rows, with its zero padding.
-        above = [torch.zeros(B, C, height + layer.reach, W + 2 * layer.reach, device=device,
-                             dtype=self.embed.weight.dtype) for layer in self.layers]
-        places = self.places(height, W)
-        v = above[0].new_zeros(B, C, 1, W)             # row 0: nothing is above it
-        for i in range(height):
-            row_cond = cond if cond is None or cond.shape[2] == 1 else cond[:, :, i:i + 1]
-            v = v + places[i].t().unsqueeze(1)
-            biases = self.vertical_row(i, v, above, labels, row_cond)  # L x (W, B, 2C)
-            noise = gumbel(W, G, B, self.num_codes, generator=generator, device=device)
-            # Inputs of each layer's horizontal convolution in this row: (B, (W + reach) * C), so
-            # that the window of a position is a slice of one axis.
-            line = [v.new_zeros(B, (W + layer.reach) * C) for layer in self.layers]
-            h = v.new_zeros(B, C)                      # column 0: nothing is to the left
-            for j in range(W):
-                h = h + places[i, j]
-                for (w, w_out, r), past, bias in zip(weights, line, biases):
-                    window = past[:, j * C:(j + r + 1) * C]            # columns j-r .. j
-                    window[:, r * C:] = h
-                    x = torch.addmm(bias[j], window, w).tanh_()
-                    h = torch.addmm(h, torch.addcmul(x[:, :C], x[:, :C], x[:, C:]), w_out)
-                codes[:, i, j] = self.head.step(h, noise[j], temperature)
-                h = self.embed_all(codes[:, i, j])     # what the next position sees on its left
-            v = self.embed_all(codes[:, i]).transpose(1, 2).unsqueeze(2)   # (B, C, 1, W)
-        codes = codes.movedim(-1, 1)
+        codes = torch.zeros(height, B, W, G, dtype=torch.long, device=device)
+        with torch.inference_mode():  # a fifth off the cost of a small operation
+            bias = self.embed.weight.new_zeros(len(self.layers), B, W, 2 * C)
+            # Each layer's vertical convolution: inputs of all rows, with their zero padding, and
+            # weights. Channels last, or every call would have to lay both out anew.
+            vertical = [(bias.new_zeros(B, height + layer.reach, W + 2 * layer.reach, C),
+                         layer.vertical.weight.contiguous(memory_format=torch.channels_last))
+                        for layer in self.layers]
+            step, draw_codes = self.stepper(bias), self.head.stepper()
+            tables = self.embed.weight.split(self.num_codes)           # G x (K, C)
+            v = bias.new_zeros(B, W, C)                # row 0: nothing is above it
+            for i, pos in enumerate(self.positions(height, W)):        # (W, C)
+                row_cond = cond if cond is None or cond.shape[2] == 1 else cond[:, :, i:i + 1]
+                self.vertical_row(i, v + pos, vertical, bias, labels, row_cond)
+                noise = gumbel(W, G, B, self.num_codes, generator=generator, device=device)
+                left, row = (), []                     # column 0: nothing is to the left
+                for j, (h, noise_j) in enumerate(zip(pos, noise)):
+                    for table, code in zip(tables, left):
+                        h = h + table.index_select(0, code)            # (B, C)
+                    left = draw_codes(step(j, h), noise_j, temperature)
+                    row += left
+                codes[i] = torch.stack(row, 1).view(B, W, G)
+                v = self.embed_all(codes[i])           # (B, W, C)
+        codes = codes.permute(1, 3, 0, 2).contiguous()
         return codes.squeeze(1) if G == 1 else codes
 
-    def vertical_row(self, i, v, above, labels, cond):
-        """Run the vertical stack for row i: what it adds to each layer's horizontal gate."""
-        biases = []
-        for layer, rows in zip(self.layers, above):
+    def vertical_row(self, i, v, vertical, bias, labels, cond):
+        """Run the vertical stack for row i, v (B, W, C). What it and the conditioning add inside
+        the horizontal gates goes to bias (L, B, W, 2C)."""
+        for layer, (rows, weight), gates in zip(self.layers, vertical, bias):
             r = layer.reach
-            rows[:, :, i + r, r:rows.shape[3] - r] = v.squeeze(2)
-            x = layer.vertical(rows[:, :, i:i + r + 1])                # (B, 2C, 1, W)
-            bias_v, bias_h = layer.bias(labels, cond)
-            add = layer.link(x) + bias_h + layer.horizontal.bias[:, None, None]
-            add[:, self.channels:] *= 0.5                              # see step_weights
-            biases.append(add.squeeze(2).permute(2, 0, 1).contiguous())
-            v = v + gate(x + bias_v)
-        return biases
+            rows[:, i + r, r:rows.shape[2] - r] = v
+            x = F.conv2d(rows[:, i:i + r + 1].permute(0, 3, 1, 2), weight, layer.vertical.bias)
+            bias_v, bias_h = layer.bias(labels, cond)  # x is (B, 2C, 1, W)
+            x_h = F.conv2d(x, layer.link.weight, layer.horizontal.bias) + bias_h
+            gates.copy_(x_h.squeeze(2).transpose(1, 2))
+            v = v + gate(x + bias_v).squeeze(2).transpose(1, 2)
+        bias[..., :self.channels] *= 2                 # see WaveNet.matrices
 
-    def step_weights(self, layer):
-        """A layer's horizontal weights as matrices, with the sigmoid folded into the tanh.
+    def stepper(self, bias):
+        """A function step(j, h (B, C)) -> h (B, C): the horizontal stack at column j of a row.
 
-        sigmoid(b) = (1 + tanh(b/2)) / 2, so tanh(a) sigmoid(b) = (t + t * tanh(b/2)) / 2 with
-        t = tanh(a): halve what makes b, halve the matrix after it, and one tanh does both.
+        Four operations per layer, each into memory laid out here. A layer's inputs of the whole
+        row lie side by side, so that the window of a position is one slice. The tanh is folded
+        into the sigmoid: see WaveNet.matrices.
         """
-        w = layer.horizontal.weight.squeeze(2).permute(2, 1, 0).flatten(0, 1).clone()
-        w[:, self.channels:] *= 0.5                                    # (taps * C, 2C)
-        return w, 0.5 * layer.out.weight.flatten(1).t(), layer.reach   # (C, C)
+        B, W, C, new, columns = *bias.shape[1:3], self.channels, bias.new_zeros, []
+        gates, z, top = new(B, 2 * C), new(B, C), new(B, C)
+        a, b = gates.chunk(2, 1)
+        lines = [new(B, (layer.reach + W) * C) for layer in self.layers]
+        h = [line.split(C, 1)[-W:] for line in lines] + [[top] * W]    # (L+1) x W x (B, C)
+        for l, layer in enumerate(self.layers):
+            w = layer.horizontal.weight.permute(3, 1, 0, 2).reshape(-1, 2 * C)  # (taps * C, 2C)
+            w = torch.cat([2 * w[:, :C], w[:, C:]], 1)
+            w_out = -layer.out.weight.flatten(1).t().contiguous()      # (C, C)
+            windows = lines[l].unfold(1, len(w), C).unbind(1)          # columns j-r .. j
+            columns.append([(w, w_out, *views) for views in
+                            zip(windows, bias[l].unbind(1), h[l], h[l + 1])])
+        columns = list(zip(*columns))                  # W x L x what a step needs
+
+        def step(j, h_0):
+            h[0][j].copy_(h_0)
+            for w, w_out, window, bias_j, h_j, above in columns[j]:
+                torch.addmm(bias_j, window, w, out=gates).sigmoid_()
+                torch.addcmul(b, a, b, value=-2, out=z)                # -z
+                torch.addmm(h_j, z, w_out, out=above)
+            return top
+
+        return step
 
 
 # ---------------------------------------------------------------------------------------------
@@ -308,9 +329,9 @@ class WaveNet(nn.Module):
     The paper says "a dilated convolutional architecture similar to WaveNet decoder". The sizes
     are those of the WaveNets in public use; 30 layers see 3070 samples (`receptive_field`).
 
-    x enters by an embedding, which is [37]'s one-hot input. A scalar would do for speech only
-    (codes have no order), and learns it more slowly: 6.25 bits a sample against 5.81 after the
-    first 100 steps on recorded digits, 10 layers of 32 channels.
+    x enters through an embedding, which equals [37]'s one-hot input. A scalar input suits speech
+    alone (codes have no order), and learns more slowly: 6.25 bits per sample against 5.81 after
+    the first 100 steps on recorded digits, 10 layers of 32 channels.
     """
 
     def __init__(self, num_values=256, channels=64, num_layers=30, cycle=10, kernel=2,
@@ -394,10 +415,8 @@ class WaveNet(nn.Module):
 
     @torch.no_grad()
     def sample(self, batch, length, cond=None, speaker=None, temperature=1.0, generator=None):
-        """The same x from the same generator, one column of activations a sample.
-
-        Returns (batch, length) int64.
-        """
+        """The same x (batch, length) int64 from the same generator, one column of activations
+        per sample."""
         self.check(length, cond, speaker)
         x = torch.zeros(length, batch, dtype=torch.long, device=self.embed.weight.device)
         rate = length // (1 if cond is None else cond.shape[2])
@@ -413,11 +432,11 @@ class WaveNet(nn.Module):
     def stepper(self, batch):
         """A function step(x_(t-1), bias) -> logits at t (B, V), to be called for t = 0, 1, ..
 
-        A layer needs its own inputs of d, 2d .. (kernel - 1) d steps ago. `ring` keeps these, the
-        layers' rings one after the other; the newest overwrites the oldest, nothing is moved.
-        The arithmetic of a step is small, the number of operations counts. So what does not
-        wait for the layer below (the past, the skips) is one product over all layers, and four
-        operations a layer are left, each into memory laid out here.
+        A layer needs its own inputs of d, 2d .. (kernel - 1) d steps ago: a ring buffer per
+        layer, one after the other in `ring`; the newest overwrites the oldest, nothing is moved.
+        The number of operations counts, not their size: everything independent of the layer
+        below (past taps, skips) is one product over all layers, and four operations per layer
+        are left, each into memory laid out here.
         """
         B, C, L, taps = batch, self.channels, len(self.dilations), self.kernel - 1
         past, now, out, (skip, skip_bias), (mix, mix_bias), (logit, logit_bias) = self.matrices()
@@ -453,8 +472,8 @@ class WaveNet(nn.Module):
         """All weights of a step as matrices (in, out), the tanh folded into the sigmoid.
 
         tanh(a) = 2 sigmoid(2a) - 1, so with s = sigmoid(2a), tanh(a) sigmoid(b) is
-        2 s sigmoid(b) - sigmoid(b): double what makes a, and one sigmoid does both. (PixelCNN
-        folds the other way round. A CPU takes up to three times as long for tanh.)
+        2 s sigmoid(b) - sigmoid(b): double what makes a, and one sigmoid does both. (On a CPU
+        tanh takes up to three times as long.)
         """
         w = torch.stack([conv.weight for conv in self.dilated])        # (L, 2C, C, kernel)
         w[:, :self.channels] *= 2
@@ -475,7 +494,7 @@ class WaveNet(nn.Module):
         return itertools.cycle(rows.flatten(1)), itertools.cycle(rows[:, -1])
 
     def frames(self, cond, speaker, most=2 ** 24):
-        """What the gates get that does not depend on x: (L, B, 2C), frame after frame of cond."""
+        """The part of the gates independent of x: (L, B, 2C), frame after frame of cond."""
         own = torch.stack([conv.bias for conv in self.dilated]).unsqueeze(2)   # (L, 2C, 1)
         batch = 1 if cond is None else len(cond)
         chunk = max(1, most // (batch * own.numel()))  # frames projected at a time
@@ -487,7 +506,7 @@ class WaveNet(nn.Module):
             yield from total
 
     def noise(self, batch, length, generator):
-        """Gumbel noise (B, V) for each sample, drawn for 256 samples at a time."""
+        """Gumbel noise (B, V) for each sample, generated for 256 samples at a time."""
         for t in range(0, length, 256):
             yield from gumbel(min(256, length - t), batch, self.num_values, generator=generator,
                               device=self.embed.weight.device)
@@ -499,24 +518,24 @@ class WaveNet(nn.Module):
 
 
 class ActionBlock(nn.Module):
-    """Residual block of two 3x3 convolutions; the action scales and shifts its hidden channels.
-
-    The scale is what lets an action choose, and it depends on the place: a step forward moves
-    the left half of the picture to the left and the right half to the right. Without the
-    normalisation the network is very slow to discover that copying pays.
+    """Residual block of two 3x3 convolutions. The action scales and shifts its hidden channels:
+    FiLM (Perez et al. 2018), here for each position, since a step forward moves the left half of
+    the picture to the left and the right half to the right. Without the normalisation the
+    network is very slow to learn to copy. A actions, "unknown" among them; F channels of
+    VideoPrior.action_map.
     """
 
-    def __init__(self, channels, field_channels):
+    def __init__(self, channels, action_channels):
         super().__init__()
         self.first = nn.Conv2d(channels, channels, 3, padding=1)
         self.second = nn.Conv2d(channels, channels, 3, padding=1)
         self.norm = nn.GroupNorm(1, channels)
-        self.norm_hidden = nn.GroupNorm(1, channels, affine=False)     # the actions' scale is one
-        self.film = nn.Conv2d(field_channels, 2 * channels, 1)
+        self.norm_hidden = nn.GroupNorm(1, channels, affine=False)     # FiLM is the affine part
+        self.film = nn.Conv2d(action_channels, 2 * channels, 1)
 
-    def forward(self, x, field, row):
-        """x (B, C, H, W), field (A, F, H, W), row (B,) of the field -> (B, C, H, W)."""
-        scale, shift = self.film(field).index_select(0, row).chunk(2, 1)   # (B, C, H, W)
+    def forward(self, x, action_map, action):
+        """x (B, C, H, W), action_map (A, F, H, W), action (B,) in 0 .. A-1 -> (B, C, H, W)."""
+        scale, shift = self.film(action_map).index_select(0, action).chunk(2, 1)   # (B, C, H, W)
         h = self.norm_hidden(self.first(F.relu(self.norm(x))))
         return x + self.second(F.relu(torch.addcmul(h + shift, h, scale)))
 
@@ -524,98 +543,98 @@ class ActionBlock(nn.Module):
 class VideoPrior(nn.Module):
     """p(z_t | z_<t, a_<t) for clips of code maps z_t (H, W): sec. 4.4, p(z_1, .., z_T).
 
-    A U-Net looks at the last `context` maps and the last action (what the earlier ones did is in
-    the maps) and makes a feature map of what the next frame will show; a gated PixelCNN,
-    conditioned on it, spells that frame out code by code. A turn moves the picture by some
-    columns, so the last map enters through a convolution of its own for each action; five 3x3
-    convolutions at a quarter of the resolution reach 20 columns. The skips keep the detail.
+    From the last `context` maps and the last action (the effects of earlier ones are in the maps)
+    a U-Net computes a feature map; a gated PixelCNN conditioned on it generates the next map
+    code by code. A turn moves the picture by several columns, so the last map also enters through
+    a convolution whose kernel is the action's; five 3x3 convolutions at a quarter of the
+    resolution reach 20 columns. The skip connections keep the detail.
 
     Args:
-        num_codes: K. num_actions: how many actions there are, 0 for a model without actions.
+        num_codes: K. num_actions: 0 for a model without actions.
         channels: of U-Net and PixelCNN. num_layers: of the PixelCNN; with few of them a code
             sees only its neighbours in its own frame, and all of the frames before.
-        context: how many frames back the model looks. More are allowed in, and not seen.
+        context: how many frames back the model sees. action_channels: F, of the action map.
 
-    Frames before the first hold a code of their own, "no frame": p(z_1) is learnt with the rest,
-    and a clip may start from nothing. Action -1, or no actions at all, stands for "not known".
+    Frames before the first hold a code of their own, "no frame": p(z_1) is learned with the rest,
+    and a clip may start from nothing. Action -1, or no actions at all, means "unknown".
     """
 
-    kernel = 3, 7                                      # of an action's convolution: rows, columns
+    kernel = 3, 7                                      # of action_conv: rows, columns
 
-    def __init__(self, num_codes, num_actions=0, channels=64, num_layers=4, context=4, fields=32):
+    def __init__(self, num_codes, num_actions=0, channels=64, num_layers=4, context=4,
+                 action_channels=32):
         super().__init__()
         self.num_codes, self.num_actions, self.context = num_codes, num_actions, context
-        C, E, taps = channels, channels // 2, self.kernel[0] * self.kernel[1]
+        C, E, A, taps = channels, channels // 2, num_actions + 1, math.prod(self.kernel)
         self.embed = nn.Embedding(num_codes + 1, E)                    # row K: no frame
         self.enter = nn.Conv2d(context * E, C, 1)
-        self.carry = nn.Embedding(num_actions + 1, C * E * taps)       # row 0: action not known
-        self.embed_action = nn.Embedding(num_actions + 1, fields)
-        self.place, self.field = nn.Conv2d(2, fields, 1), nn.Conv2d(fields, fields, 1)
+        self.action_conv = nn.Embedding(A, C * E * taps)               # row 0: action unknown
+        self.embed_action = nn.Embedding(A, action_channels)
+        self.pos_embed = nn.Conv2d(2, action_channels, 1)
+        self.mix = nn.Conv2d(action_channels, action_channels, 1)
         widths = (C, 2 * C, 2 * C)                     # at 1, 1/2 and 1/4 of the resolution
-        self.before = nn.ModuleList(ActionBlock(w, fields) for w in widths)
-        self.after = nn.ModuleList(ActionBlock(w, fields) for w in widths)
+        self.before = nn.ModuleList(ActionBlock(w, action_channels) for w in widths)
+        self.after = nn.ModuleList(ActionBlock(w, action_channels) for w in widths)
         self.down = nn.ModuleList(nn.Conv2d(w, v, 3, 2, 1) for w, v in zip(widths, widths[1:]))
         self.up = nn.ModuleList(nn.Conv2d(v, w, 1) for w, v in zip(widths, widths[1:]))
         self.norm = nn.GroupNorm(1, C)
         self.pixelcnn = PixelCNN(num_codes, C, num_layers, cond_channels=C)
-        # torch's own start loses two thirds of the variance in each convolution: of what the
-        # U-Net sees nothing would get through, and the prior would be slow to learn to copy.
+        # PyTorch's default initialisation loses two thirds of the variance in each convolution:
+        # what the U-Net sees would not reach its output, and copying would be slow to learn.
         for layer in self.modules():
             if isinstance(layer, nn.Conv2d):
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="linear")
-        nn.init.normal_(self.carry.weight, std=(E * taps) ** -0.5)
+        nn.init.normal_(self.action_conv.weight, std=(E * taps) ** -0.5)
 
     def forward(self, codes, actions=None, last=None):
         """codes (B, T, H, W), actions (B, T-1) or None -> logits (B, K, T, H, W).
 
         logits[:, :, t, i, j] see the frames t - context .. t - 1, the action a_(t-1) that leads
-        from there to frame t, and the codes of frame t before (i, j). With `last`, only those of
-        the last so many frames: (B, K, last, H, W)."""
+        from there to frame t, and the codes of frame t before (i, j). With `last`, only the
+        logits of the last so many frames: (B, K, last, H, W)."""
         B, T = codes.shape[:2]
         n = T if last is None else last
         actions = self.check(codes, actions, T - 1)
         actions = F.pad(actions, (1, 0), value=-1)     # (B, T): the one that leads to each frame
-        cond = self.look_back(self.windows(codes, T)[:, T - n:].flatten(0, 1),
-                              actions[:, T - n:].flatten())
+        cond = self.unet(self.windows(codes, T)[:, T - n:].flatten(0, 1),
+                         actions[:, T - n:].flatten())
         logits = self.pixelcnn(codes[:, T - n:].flatten(0, 1), cond=cond)      # (B*n, K, H, W)
         return logits.unflatten(0, (B, n)).transpose(1, 2)
 
     def windows(self, codes, T):
-        """What each of frames 0 .. T-1 looks back on: (B, T, H, W, context)."""
+        """The `context` maps before each of frames 0 .. T-1: (B, T, H, W, context)."""
         codes = F.pad(codes, (0, 0, 0, 0, self.context, 0), value=self.num_codes)
         return codes.unfold(1, self.context, 1)[:, :T]
 
-    def look_back(self, codes, action):
-        """The U-Net: codes (B, H, W, context), the last action (B,) -> (B, C, H, W)."""
-        H, W = codes.shape[1:3]
-        row, e = action + 1, self.embed(codes)                         # (B, H, W, context, C/2)
+    def unet(self, codes, action):
+        """codes (B, H, W, context), the last action (B,) -> features (B, C, H, W)."""
+        action, e = action + 1, self.embed(codes)                      # (B, H, W, context, E)
         x = self.enter(e.flatten(3).permute(0, 3, 1, 2))               # (B, C, H, W)
-        # The convolution of each one's own action, as a product with the pieces under the kernel.
-        pieces = F.unfold(e[..., -1, :].permute(0, 3, 1, 2), self.kernel,
-                          padding=[k // 2 for k in self.kernel])       # (B, C/2 * taps, H*W)
-        kernels = self.carry(row).unflatten(1, (x.shape[1], -1))       # (B, C, C/2 * taps)
-        x = x + (kernels @ pieces).view_as(x)
+        # action_conv: each example has a kernel of its own, so a product with the patches.
+        patches = F.unfold(e[..., -1, :].permute(0, 3, 1, 2), self.kernel,
+                           padding=[k // 2 for k in self.kernel])      # (B, E * taps, H*W)
+        kernels = self.action_conv(action).unflatten(1, (x.shape[1], -1))  # (B, C, E * taps)
+        x = x + (kernels @ patches).view_as(x)
         skips = []
         for i, block in enumerate(self.before):
             x = self.down[i - 1](x) if i else x
-            x = block(x, self.act(x), row)
+            x = block(x, self.action_map(x), action)
             skips.append(x)
         for i in reversed(range(len(self.after))):
             if i < len(self.after) - 1:
                 x = F.interpolate(self.up[i](x), skips[i].shape[2:]) + skips[i]
-            x = self.after[i](x, self.act(x), row)
+            x = self.after[i](x, self.action_map(x), action)
         return self.norm(x)
 
-    def act(self, x):
-        """What each action does at each place of a map like x: (actions + 1, fields, H, W)."""
+    def action_map(self, x):
+        """Features of every action at every position of a map like x: (A, F, H, W)."""
         H, W = x.shape[2:]
-        rows = torch.linspace(-1, 1, H, device=x.device, dtype=x.dtype).view(1, 1, H, 1)
-        cols = torch.linspace(-1, 1, W, device=x.device, dtype=x.dtype).view(1, 1, 1, W)
-        place = self.place(torch.cat([rows.expand(1, 1, H, W), cols.expand(1, 1, H, W)], 1))
-        return F.relu(self.field(F.relu(self.embed_action.weight[:, :, None, None] + place)))
+        rows, cols = (torch.linspace(-1, 1, n, device=x.device, dtype=x.dtype) for n in (H, W))
+        pos = self.pos_embed(torch.stack(torch.meshgrid(rows, cols, indexing="ij")).unsqueeze(0))
+        return F.relu(self.mix(F.relu(self.embed_action.weight[:, :, None, None] + pos)))
 
     def check(self, codes, actions, length):
-        """The actions as (B, length), -1 for what is not known."""
+        """The actions as (B, length), -1 for unknown."""
         if codes.dim() != 4:
             raise ValueError(f"codes must be (B, T, H, W), got {tuple(codes.shape)}")
         if actions is None:
@@ -642,19 +661,19 @@ class VideoPrior(nn.Module):
 
     @torch.no_grad()
     def sample(self, codes, actions=None, frames=1, temperature=1.0, generator=None):
-        """Go on from codes (B, T, H, W), T >= 0, by `frames` code maps: (B, frames, H, W) int64.
+        """Continue codes (B, T, H, W) int64, T >= 0, by `frames` code maps: (B, frames, H, W).
 
-        actions (B, T + frames - 1): those between the given frames, then those to imagine. The
-        U-Net runs once a frame, the PixelCNN samples from its caches. No pixel is needed.
+        actions (B, T + frames - 1): those between the given frames, then those of the roll-out.
+        The U-Net runs once per frame, the PixelCNN samples with its caches. No pixel is needed.
         """
         (B, T, H, W), n = codes.shape, self.context
         actions = self.check(codes, actions, T + frames - 1)
         if actions.numel() and not -1 <= actions.min() <= actions.max() < self.num_actions:
-            raise ValueError(f"actions must be 0 .. {self.num_actions - 1}, or -1 for not known")
+            raise ValueError(f"actions must be 0 .. {self.num_actions - 1}, or -1 for unknown")
         clip = F.pad(codes, (0, 0, 0, 0, n, 0), value=self.num_codes)  # as in `windows`
         actions = F.pad(actions, (1, 0), value=-1)
         for t in range(T, T + frames):
-            cond = self.look_back(clip[:, t:t + n].permute(0, 2, 3, 1), actions[:, t])
+            cond = self.unet(clip[:, t:t + n].permute(0, 2, 3, 1), actions[:, t])
             z = self.pixelcnn.sample(B, H, W, cond=cond, temperature=temperature,
                                      generator=generator)
             clip = torch.cat([clip, z.unsqueeze(1)], 1)

@@ -1452,6 +1452,28 @@ def read_run(folder, script, stages):
     return args, common["facts"], weights
 
 
+def find_files(root, endings):
+    """(path below root, bytes, time of change) of each file with one of these endings, sorted by
+    path, hidden ones left out. Links to folders are followed; an unreadable folder is an error."""
+    def fail(error):
+        raise error
+
+    files, seen, top = [], set(), os.path.realpath(root) + os.sep
+    for folder, folders, names in os.walk(root, onerror=fail, followlinks=True):
+        here, inside = os.path.realpath(folder), os.path.relpath(folder, root).split(os.sep)
+        if (inside[0], here) in seen or inside != ["."] and top.startswith(here + os.sep):
+            folders.clear()                            # a link back up: would never end
+            continue
+        seen.add((inside[0], here))
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            if name.lower().endswith(endings) and not name.startswith("."):
+                about = os.stat(os.path.join(folder, name))
+                files.append((os.path.normpath(os.path.join(*inside, name)), about.st_size,
+                              about.st_mtime_ns))
+    return sorted(files)
+
+
 def prepare(run, source, key, items, item_shape):
     """Decode data once, in parallel, into a memory-mapped file that all processes of a machine
     share and that later runs find again.

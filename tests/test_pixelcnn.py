@@ -68,7 +68,7 @@ def test_layers_for_asks_for_no_layer_too_many(height, width):
     assert blind.any(), "one layer less would see the whole grid too: layers_for wastes layers"
 
 
-# -- what it is told ----------------------------------------------------------------------------
+# -- what it is conditioned on ------------------------------------------------------------------
 
 
 def test_label_changes_the_distribution_of_every_code():
@@ -77,12 +77,12 @@ def test_label_changes_the_distribution_of_every_code():
     assert (one - two).abs().amax(1).gt(1e-6).all(), "the label must reach every position"
 
 
-def test_every_position_knows_where_it_is():
+def test_positional_encoding_tells_positions_apart():
     cnn = PixelCNN(5, 8, 1).double()                   # sees 3 rows and columns: no edge from here
     logits = cnn(torch.zeros(1, 12, 12, dtype=torch.long))
     for i, j in ((5, 6), (6, 5)):
         assert not torch.allclose(logits[..., 5, 5], logits[..., i, j]), (
-            f"(5, 5) and {i, j} have the same past and no edge in view: `places` tells them apart")
+            f"(5, 5) and {i, j} have the same past and no edge in view: see `positions`")
 
 
 def test_label_goes_with_its_own_example():
@@ -99,13 +99,13 @@ def test_constant_map_equals_the_same_map_written_out():
     assert torch.allclose(cnn(codes, cond=cond), cnn(codes, cond=cond.expand(2, 2, 4, 3)))
 
 
-def test_map_is_heard_at_its_own_position():
+def test_map_reaches_its_own_position():
     cnn, codes = PixelCNN(5, 8, 1, cond_channels=2).double(), torch.randint(5, (1, 4, 3))
     cond = torch.randn(1, 2, 4, 3, dtype=torch.float64, requires_grad=True)
     for i in range(4):
         for j in range(3):
             grad, = torch.autograd.grad(cnn(codes, cond=cond)[0, :, i, j].square().sum(), cond)
-            assert grad[0, :, i, j].any(), f"logits at {i, j} do not hear the map at {i, j}"
+            assert grad[0, :, i, j].any(), f"logits at {i, j} do not depend on the map at {i, j}"
 
 
 @pytest.mark.parametrize("made, called, word", [
@@ -152,7 +152,7 @@ def test_cached_sampler_equals_naive(height, width, condition, device):
     cnn = PixelCNN(23, 8, PixelCNN.layers_for(height, width), num_classes=classes,
                    cond_channels=4 if kind else 0).double().to(device)
     for p in cnn.parameters():
-        p.data.mul_(3)                                 # sure of itself: an error shows in the codes
+        p.data.mul_(3)                                 # far from uniform: errors show in the codes
     labels = torch.tensor([2, 0, 1], device=device) if classes else None
     size = (1, 1) if kind == "constant" else (height, width)
     cond = torch.randn(3, 4, *size, dtype=torch.float64, device=device) if kind else None
@@ -192,6 +192,24 @@ def test_sampling_leaves_the_weights_alone():
     assert all(torch.equal(v, before[k]) for k, v in cnn.state_dict().items())
 
 
+@pytest.mark.parametrize("batch, num_codebooks", [(1, 1), (2, 2)])
+def test_samples_can_be_trained_on(batch, num_codebooks):
+    cnn = PixelCNN(8, 8, 2, num_codebooks=num_codebooks)
+    codes = cnn.sample(batch, 3, 4)
+    assert codes.dtype == torch.int64 and codes.is_contiguous()
+    assert not codes.is_inference(), "autograd refuses tensors made in inference mode"
+    F.cross_entropy(cnn(codes), codes).backward()
+
+
+def test_state_dict_is_safe_to_load(tmp_path):
+    torch.manual_seed(1)
+    cnn, other = (PixelCNN(8, 8, 2, num_classes=3, cond_channels=2) for _ in range(2))
+    torch.save(cnn.state_dict(), tmp_path / "prior.pt")
+    other.load_state_dict(torch.load(tmp_path / "prior.pt", weights_only=True))
+    given = torch.randint(8, (2, 4, 3)), torch.tensor([0, 2]), torch.randn(2, 2, 4, 3)
+    assert torch.equal(cnn(*given), other(*given)), "something is not in the state dict"
+
+
 def test_same_generator_state_same_codes_and_another_state_others():
     cnn = PixelCNN(64, 8, 2)
     draws = [cnn.sample(2, 4, 4, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
@@ -228,17 +246,19 @@ def test_slices_of_a_position_see_those_before_them_only():
         for k in range(3):
             later = (order > order[1, 2]) | ((order == order[1, 2]) & (k > g))
             assert not changed[k][~later].any(), (
-                f"a change of slice {g} reached logits of slice {k} that come before it")
+                f"a change in codebook {g} reached logits of codebook {k} that come before it")
             assert changed[k][1, 3] and changed[k][1, 2] == (k > g), (
-                f"slice {k} does not see slice {g}, which comes before it")
+                f"codebook {k} does not see codebook {g}, which comes before it")
 
 
-def test_cached_sampler_equals_naive_for_several_codebooks():
+@pytest.mark.parametrize("height, width", [(3, 4), (4, 1)])
+def test_cached_sampler_equals_naive_for_several_codebooks(height, width, device):
     torch.manual_seed(0)
-    cnn = PixelCNN(6, 8, 2, num_codebooks=3, num_classes=2).double()
+    cnn = PixelCNN(6, 8, 2, num_codebooks=3, num_classes=2, cond_channels=2).double().to(device)
     for p in cnn.parameters():
         p.data.mul_(3)                                 # far from uniform
-    kwargs = dict(labels=torch.tensor([0, 1]))
-    fast, naive = (sample(2, 3, 4, generator=torch.Generator().manual_seed(5), **kwargs)
+    cond = torch.randn(2, 2, height, width, dtype=torch.float64, device=device)
+    fast, naive = (sample(2, height, width, torch.tensor([0, 1], device=device), cond,
+                          generator=torch.Generator(device).manual_seed(5))
                    for sample in (cnn.sample, cnn.sample_naive))
-    assert fast.shape == (2, 3, 3, 4) and torch.equal(fast, naive)
+    assert fast.shape == (2, 3, height, width) and torch.equal(fast, naive)

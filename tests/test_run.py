@@ -22,7 +22,7 @@ from torch.utils.data import TensorDataset
 
 from conftest import ROOT
 from vqvae import (Decoder, Encoder, Parser, Run, VectorQuantizer, VectorQuantizerEMA, batches,
-                   launch, prepare, read_run, reading, schedule, smallest_int)
+                   find_files, launch, prepare, read_run, reading, schedule, smallest_int)
 
 PRESETS = {"demo": dict(steps=6, prior_steps=6, batch_size=4, lr=0.01)}
 X = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
@@ -804,6 +804,25 @@ def test_an_unreadable_item_is_named_and_nothing_is_kept(make_run, tmp_path):
     with pytest.raises(ValueError, match="^item 3 is not readable$"):
         prepare(make_run(), "photos", "key", Items(tmp_path / "log", {3}), (2,))
     assert not list((tmp_path / "cache").glob("*.json"))
+
+
+def test_files_are_found_through_links_but_not_in_circles(tmp_path):
+    for name in ("a/1.png", "b/deep/2.PNG", ".hidden/3.png", "a/.4.png", "a/5.txt", "0.png"):
+        (tmp_path / "root" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "root" / name).write_bytes(b"12")
+    (tmp_path / "root" / "linked").symlink_to(tmp_path / "root" / "b")         # a class of its own
+    (tmp_path / "root" / "a" / "up").symlink_to(tmp_path / "root")
+    (tmp_path / "root" / "b" / "self").symlink_to(tmp_path / "root" / "b")
+    found = find_files(tmp_path / "root", (".png", ".bmp"))
+    assert [name for name, *_ in found] == ["0.png", "a/1.png", "b/deep/2.PNG", "linked/deep/2.PNG"]
+    assert found[0][1] == 2 and found[0][2] == (tmp_path / "root" / "0.png").stat().st_mtime_ns
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_folder_that_cannot_be_read_is_an_error(tmp_path):
+    (tmp_path / "locked").mkdir(mode=0)
+    with pytest.raises(PermissionError, match="locked"):
+        find_files(tmp_path, (".png",))
 
 
 def test_reading_turns_anything_into_one_line():

@@ -37,7 +37,7 @@ def influence(T=4, H=3, W=5, context=2, actions=True):
     assert logits.shape == (1, prior.num_codes, T, H, W)
     mix = torch.randn(prior.num_codes, dtype=torch.float64)
     scores = torch.einsum("k,kn->n", mix, logits[0].flatten(1))
-    tables = prior.embed.weight, prior.pixelcnn.embed.weight, prior.carry.weight
+    tables = prior.embed.weight, prior.pixelcnn.embed.weight, prior.action_conv.weight
     rows = [[g.abs().sum(1) > 0 for g in torch.autograd.grad(score, tables, retain_graph=True)]
             for score in scores]
     before = torch.stack([r[0][:-1] for r in rows])    # (T*H*W, T*H*W): through the context

@@ -13,7 +13,7 @@ from prior import WaveNet
 
 
 def wavenet(**kwargs):
-    """A small WaveNet in float64 whose logits really depend on what it hears."""
+    """A small WaveNet in float64 whose logits really depend on x and on the conditioning."""
     sizes = {"num_values": 7, "channels": 6, "num_layers": 5, "cycle": 3, "skip_channels": 10}
     net = WaveNet(**{**sizes, **kwargs}).double()
     with torch.no_grad():
@@ -27,7 +27,7 @@ def seeded(device="cpu"):
 
 
 def context(net, batch, length, rate, device="cpu"):
-    """The conditioning that net asks for: frames of `rate` samples, speakers 0, 1, 2, 0 .."""
+    """The conditioning that net needs: frames of `rate` samples, speakers 0, 1, 2, 0 .."""
     given = {}
     if net.cond_channels:
         given["cond"] = torch.randn(batch, net.cond_channels, length // rate, device=device,
@@ -128,11 +128,12 @@ def test_every_parameter_learns():
     net = wavenet(cond_channels=3, num_speakers=2)
     x = torch.randint(7, (2, 20))
     F.cross_entropy(net(x, **context(net, 2, 20, 5)), x).backward()
-    idle = [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()]
-    assert not idle, f"no gradient reaches {idle}; training with several processes needs all"
+    untrained = [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not untrained, (
+        f"no gradient reaches {untrained}; training with several processes needs all")
 
 
-# -- what it is told --------------------------------------------------------------------------
+# -- what it is conditioned on ----------------------------------------------------------------
 
 
 def test_a_frame_of_cond_lasts_as_long_as_if_it_were_repeated():
@@ -142,15 +143,15 @@ def test_a_frame_of_cond_lasts_as_long_as_if_it_were_repeated():
     assert torch.allclose(slow, fast), "frame n belongs to samples n*T/N .. (n+1)*T/N - 1"
 
 
-def test_a_frame_of_cond_is_heard_from_its_first_sample_on():
+def test_a_frame_of_cond_acts_from_its_first_sample_on():
     net = wavenet(cond_channels=3)
     cond = torch.randn(1, 3, 4, dtype=torch.float64, requires_grad=True)
     logits = net(torch.randint(7, (1, 24)), cond)
     for t in range(24):
         grad, = torch.autograd.grad(logits[0, :, t].square().sum(), cond, retain_graph=True)
-        heard = grad.abs().sum((0, 1)) > 0
-        assert heard[t // 6], f"sample {t} does not hear its own frame {t // 6}"
-        assert not heard[t // 6 + 1:].any(), f"sample {t} hears a frame of later samples"
+        seen = grad.abs().sum((0, 1)) > 0
+        assert seen[t // 6], f"sample {t} does not depend on its own frame {t // 6}"
+        assert not seen[t // 6 + 1:].any(), f"sample {t} depends on a frame of later samples"
 
 
 def test_another_speaker_changes_every_logit():
@@ -159,7 +160,7 @@ def test_another_speaker_changes_every_logit():
     assert (one - two).abs().amax(1).gt(1e-6).all(), "the speaker must reach every time step"
 
 
-def test_another_speaker_says_something_else():
+def test_another_speaker_gives_other_samples():
     net = wavenet(num_speakers=3)
     one, two = (net.sample(1, 60, speaker=torch.tensor([s]), generator=seeded()) for s in (0, 2))
     assert not torch.equal(one, two), "same noise, other speaker: sample must pass the speaker on"
