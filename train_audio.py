@@ -72,8 +72,7 @@ def main(run, data):
     recogniser = fit_phone_recogniser(run, data)
     if run.rank != 0:
         return
-    windows = Windows(data.levels, data.test, run.args.clip, run.args.clip)
-    clips = Clips(*windows[spread(run, windows, run.args.test_clips)])
+    clips = pick_clips(run, data, data.test)
     metrics = rates(run, vqvae, prior, data, codes, clips)
 
     # Experiments 1 and 3: each clip is decoded in its own voice, column 0, and in others.
@@ -81,7 +80,6 @@ def main(run, data):
     voices = (clips.speaker[:, None] + torch.arange(others)) % len(data.speakers)      # (M, V)
     drawn = decode_clips(run, vqvae, clips, voices)    # (M, V, T)
     save_reconstructions(run, data, clips, voices, drawn)
-    metrics |= distances(to_wave(clips.levels), to_wave(drawn[:, 0]), data.rate)
     if judge:
         metrics |= judge_conversions(run, judge, data, clips, voices, drawn)
     if prior:                                          # experiment 2
@@ -222,7 +220,7 @@ def prior_loss(net, codes, *_):
 
 
 # ---------------------------------------------------------------------------------------------
-# The experiments: reconstruction and conversion, unconditional samples, phones
+# The experiments, what is measured of them, and their pictures
 # ---------------------------------------------------------------------------------------------
 
 
@@ -232,13 +230,15 @@ class Clips(NamedTuple):
     start: torch.Tensor    # (M,) where each one begins in the stream
 
 
+def pick_clips(run, data, part):
+    """--test-clips of a part, evenly spread."""
+    windows = Windows(data.levels, part, run.args.clip, run.args.clip)
+    count = few(run, min(run.args.test_clips, len(windows)))
+    return Clips(*windows[torch.linspace(0, len(windows) - 1, count).long()])
+
+
 def few(run, n):
     return min(n, 2) if run.rehearsing else n
-
-
-def spread(run, windows, count):
-    """The numbers of so many windows, evenly spread."""
-    return torch.linspace(0, len(windows) - 1, few(run, min(count, len(windows)))).long()
 
 
 def in_batches(function, device, size, *tensors):
@@ -325,11 +325,6 @@ def phone_accuracy(table, codes, phones):
     return right[phones != UNLABELLED].float().mean().item()
 
 
-# ---------------------------------------------------------------------------------------------
-# Measurements
-# ---------------------------------------------------------------------------------------------
-
-
 def rates(run, vqvae, prior, data, codes, clips):
     """What codes and samples of test speech cost in bits, and how many of the K codes it uses.
 
@@ -373,22 +368,6 @@ def mel(rate, bands=32):
     return torch.minimum((f - left) / (middle - left), (right - f) / (right - middle)).clamp(min=0)
 
 
-def distances(x, y, rate):
-    """How far y is from x, waves (M, T) of the same content, by figures that follow the ear: the
-    distance of log-mel spectra and of mel cepstra, and how much louder y is where x is quiet. All
-    in dB; what is 60 dB below the loudest of x does not count."""
-    a, b = (20 * (mel(rate) @ spectrum(w[:, :y.shape[1]], 64) + 1e-9).log10() for w in (x, y))
-    floor = a.amax((1, 2), keepdim=True) - 60
-    a, b = a.maximum(floor), b.maximum(floor)          # (M, 32, frames)
-    k = torch.arange(1, 14)[:, None]                   # from the first on: not the level
-    cosines = (math.pi * k * (torch.arange(32) + 0.5) / 32).cos() / 32         # (13, 32)
-    cepstral = (cosines @ (a - b)).square().sum(1).div(2).sqrt()       # (M, frames)
-    quiet = a <= a.flatten(1).quantile(0.25, 1)[:, None, None]
-    return {"log_spectral_distance": (a - b).square().mean(1).sqrt().mean().item(),
-            "mel_cepstral_distortion": cepstral.mean().item(),
-            "energy_where_quiet": (b - a)[quiet].mean().item()}
-
-
 def pitch(x, rate):
     """Median pitch in Hz of the voiced frames of each x (B, T) in [-1, 1]: (B,), NaN if none.
 
@@ -404,41 +383,27 @@ def pitch(x, rate):
     return torch.where(voiced, rate / (delay + first), math.nan).nanmedian(1).values
 
 
-class SpeakerClassifier(nn.Sequential):
-    """Who speaks: a small network on the log spectrogram, trained on real utterances."""
+class Judge(nn.Sequential):
+    """Which phone is spoken, or who speaks, 100 times a second: a small network on the log-mel
+    spectrogram, trained on real utterances. It is no part of the model, and judges what is drawn."""
 
-    def __init__(self, speakers):
-        super().__init__(nn.Conv1d(129, 64, 3, 2, 1), nn.GroupNorm(8, 64), nn.ReLU(),
-                         nn.Conv1d(64, 64, 3, 2, 1), nn.GroupNorm(8, 64), nn.ReLU(),
-                         nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(64, speakers))
-
-    def forward(self, x):                              # (B, T) levels -> (B, speakers)
-        # What is 20 dB below speech counts for little: not the voice, but the hiss of sampling.
-        return super().forward((spectrum(to_wave(x), 128) + 0.1).log())
-
-
-class PhoneRecogniser(nn.Sequential):
-    """Which phone is being spoken, 100 times a second: a small network on the log-mel spectrogram,
-    trained on real utterances with labels."""
-
-    def __init__(self, phones, rate, hidden=96):
+    def __init__(self, outputs, rate, hidden=96):
         super().__init__(nn.Conv1d(32, hidden, 5, padding=2), nn.ReLU(),
                          nn.Conv1d(hidden, hidden, 5, padding=2), nn.ReLU(),
                          nn.Conv1d(hidden, hidden, 5, padding=2), nn.ReLU(),
-                         nn.Conv1d(hidden, phones, 1))
+                         nn.Conv1d(hidden, outputs, 1))
         self.step = rate // 100
         self.register_buffer("filters", mel(rate), persistent=False)
 
-    def forward(self, x):                              # (B, T) levels -> (B, phones, frames)
+    def forward(self, x):                              # (B, T) levels -> (B, outputs, frames)
         x = to_wave(x)
         if self.training:                              # else hiss would pass for a fricative
             x = x + 0.02 * torch.rand(len(x), 1, device=x.device) ** 2 * torch.randn_like(x)
         return super().forward((self.filters @ spectrum(x, self.step) + 0.03).log())
 
 
-def fit_judge(run, data, stage, net, loss, steps):
-    """Stages that belong to no model: they judge what is drawn, and see real speech only."""
-    args = run.args
+def fit_judge(run, data, stage, outputs, loss, steps):
+    args, net = run.args, Judge(outputs, data.rate)
     train, valid = (Windows(data.levels, part, args.clip, data.hop)
                     for part in (data.train, data.valid))
     return run.fit(stage, net, loss, train, min(args.steps, steps), args.batch_size, 2e-3,
@@ -449,8 +414,8 @@ def fit_speaker_classifier(run, data):
     S = len(data.speakers)
     if S == 1 or "conversion" not in run.args.experiments:
         return None
-    return fit_judge(run, data, "speakers", SpeakerClassifier(S), lambda net, x, speaker, start: (
-        F.cross_entropy(net(x), speaker), {}), min(3000, 100 + 25 * S))
+    return fit_judge(run, data, "speakers", S, lambda net, x, speaker, start: (
+        F.cross_entropy(net(x).mean(2), speaker), {}), min(3000, 100 + 25 * S))
 
 
 def fit_phone_recogniser(run, data):
@@ -458,11 +423,10 @@ def fit_phone_recogniser(run, data):
         return None
 
     def loss(net, x, speaker, start):
-        phones = data.phones_of(start.cpu(), x.shape[1], recogniser.step)
+        phones = data.phones_of(start.cpu(), x.shape[1], data.rate // 100)
         return recogniser_loss(net(x), phones.to(x.device))
 
-    recogniser = PhoneRecogniser(len(data.phones), data.rate)
-    return fit_judge(run, data, "phones", recogniser, loss, 400)
+    return fit_judge(run, data, "phones", len(data.phones), loss, 400)
 
 
 def recogniser_loss(logits, phones):
@@ -512,7 +476,8 @@ def judge_conversions(run, judge, data, clips, voices, drawn):
     """Is the voice that of the target speaker? drawn (M, V, T) in the voices (M, V), of which
     column 0 is the clip's own."""
     def accuracy(x, speaker):
-        return (in_batches(judge, run.device, 64, x).argmax(1) == speaker).float().mean().item()
+        found = in_batches(lambda x: judge(x).mean(2).argmax(1), run.device, 64, x)
+        return (found == speaker).float().mean().item()
 
     target, converted = voices[:, 1:].flatten(), drawn[:, 1:].flatten(0, 1)
     got, real = (pitch(to_wave(x), data.rate) for x in (converted, clips.levels))
@@ -522,11 +487,6 @@ def judge_conversions(run, judge, data, clips, voices, drawn):
     return {"real_speaker_accuracy": accuracy(clips.levels, clips.speaker),
             "converted_speaker_accuracy": accuracy(converted, target),
             "converted_pitch_error": off.nanmean().item()}
-
-
-# ---------------------------------------------------------------------------------------------
-# Pictures and sounds
-# ---------------------------------------------------------------------------------------------
 
 
 def sheet(write, name, rate, rows):
