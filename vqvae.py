@@ -62,9 +62,7 @@ try:
 except ImportError:  # Windows: two runs in one folder are not noticed there
     fcntl = None
 
-# ---------------------------------------------------------------------------------------------
-# 1. Quantisation: from a vector z_e(x) to an index k, and on to e_k (sec. 3.1, 3.2, A.1)
-# ---------------------------------------------------------------------------------------------
+# == 1. Quantisation: from a vector z_e(x) to an index k, and on to e_k (sec. 3.1, 3.2, A.1) ==
 
 
 class Quantized(NamedTuple):
@@ -339,9 +337,7 @@ def perplexity(counts):
     return torch.special.entr(p).sum().exp()
 
 
-# ---------------------------------------------------------------------------------------------
-# 2. Encoder and decoder (sec. 4.1; with ndim=1 the encoder of raw speech, sec. 4.3)
-# ---------------------------------------------------------------------------------------------
+# == 2. Encoder and decoder (sec. 4.1; with ndim=1 the encoder of raw speech, sec. 4.3) =======
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d}
 CONV_TRANSPOSE = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d}
@@ -399,9 +395,7 @@ class Decoder(nn.Sequential):
         super().__init__(*layers)
 
 
-# ---------------------------------------------------------------------------------------------
-# 3. p(x|z): what the decoder's output means, and -log p(x|z) in nats
-# ---------------------------------------------------------------------------------------------
+# == 3. p(x|z): what the decoder's output means, and -log p(x|z) in nats ======================
 
 
 class Gaussian:
@@ -530,9 +524,7 @@ def to_unit(x):
     return x.float().div(255).sub(0.5)
 
 
-# ---------------------------------------------------------------------------------------------
-# 4. The VQ-VAE (sec. 3)
-# ---------------------------------------------------------------------------------------------
+# == 4. The VQ-VAE (sec. 3) ===================================================================
 
 
 class Output(NamedTuple):
@@ -660,9 +652,7 @@ def likelihood_gap(model, x, nearest=1, batch=64):
     return (nll[0] - nll).logsumexp(0)                 # the prior is uniform: it cancels
 
 
-# ---------------------------------------------------------------------------------------------
-# 5. What sec. 4.1 compares with, "the same standard VAE architecture": VAE and VIMCO
-# ---------------------------------------------------------------------------------------------
+# == 5. What sec. 4.1 compares with, "the same standard VAE architecture": VAE and VIMCO ======
 
 
 class VAE(nn.Module):
@@ -813,9 +803,7 @@ def vimco(log_f, log_q):
     return bound, bound + (signal.detach() * log_q).sum(0)
 
 
-# ---------------------------------------------------------------------------------------------
-# 6. A VQ-VAE on the codes of a VQ-VAE: a whole image in three codes (sec. 4.2, figure 5)
-# ---------------------------------------------------------------------------------------------
+# == 6. A VQ-VAE on the codes of a VQ-VAE: a whole image in three codes (sec. 4.2, figure 5) ==
 
 
 class GlobalEncoder(nn.Sequential):
@@ -900,23 +888,19 @@ def code_nll(decoder, codes, z):
     return out, F.cross_entropy(out, codes, reduction="none").flatten(1).sum(1)
 
 
-# ---------------------------------------------------------------------------------------------
-# 7. Running an experiment. What train_image.py, train_audio.py and train_video.py share: flags,
-#    data on their way to the device, the training loop, checkpoints, several processes, pictures.
-#    The paper ends above this line.
-# ---------------------------------------------------------------------------------------------
+# == 7. Running an experiment: what the three scripts share. The paper ends above this line =====
 
 
 def launch(parser, load_data, main, use=None):
     """What `python train_x.py` does. main(run, data) is the experiment, told as the paper tells
     it; use(args) works on a finished run, if one of the flags in parser.uses is given.
 
-    All bad luck ends here, in one line and exit status 2: what the loaders find wrong
-    (ValueError), what the operating system and the allocator refuse, and what would fail after
-    hours of training, because it fails in the rehearsal.
+    Bad luck ends here, in one line: what loaders find wrong (ValueError), what the operating
+    system and the allocator refuse, and what would fail after hours, for it fails in the rehearsal.
     """
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="backslashreplace")  # a terminal without this letter
+    run = None
     try:
         args = parser.parse_args()
         if any(getattr(args, name) is not None for name in parser.uses):
@@ -925,18 +909,16 @@ def launch(parser, load_data, main, use=None):
         data = load_data(run)
         run.check_data(data.facts)
         run.rehearse(main, data.few())
-    except ValueError as e:
-        stop(str(e))
-    except (OSError, MemoryError, RuntimeError) as e:
-        stop(reason(e))
-    except KeyboardInterrupt:
-        stop("interrupted before training; nothing was written", status=130)
-    try:
         main(run, data)
-    except (OSError, MemoryError, RuntimeError) as e:
-        if isinstance(e, RuntimeError) and not re.search("memory|alloc", str(e)):
+    except (OSError, MemoryError) as e:
+        stop(reason(e))
+    except (ValueError, RuntimeError) as e:
+        begun = run and run.folder_made
+        if begun and not re.search("memory|alloc", str(e)):
             raise  # a fault of the program: its traceback is needed
-        stop(f"{reason(e)}; what was saved before is kept, --resume continues from it")
+        stop(reason(e) + "; what was saved before is kept, see --resume" * bool(begun))
+    except KeyboardInterrupt:
+        stop("interrupted between stages; --resume continues from what was saved", status=130)
 
 
 def stop(message, status=2):
@@ -961,11 +943,6 @@ def reading(path):
         raise ValueError(f"{path}: not readable ({reason(e)[:160]})") from e
 
 
-class HelpFormatter(argparse.RawDescriptionHelpFormatter,
-                    argparse.ArgumentDefaultsHelpFormatter):
-    """The description as it stands; the default behind every flag's help."""
-
-
 class Parser(argparse.ArgumentParser):
     """argparse with the flags that all scripts have, and its errors in one line.
 
@@ -978,11 +955,11 @@ class Parser(argparse.ArgumentParser):
             "lr", "lr_decay", "keep"}
 
     def __init__(self, name, presets, **kwargs):
-        super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **kwargs)
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+                         **kwargs)
         self.name, self.presets = name, presets
         flag = self.add_argument
-        flag("--preset", choices=presets, default="demo", help="defaults for the flags below; flags "
-             "given beside it win")
+        flag("--preset", choices=presets, default="demo", help="defaults (demo) for other flags")
         flag("--data", type=path, metavar="PATH", help="your own data instead of the demo's")
         flag("--out", type=path, default=f"runs/{name}", help="folder for all that the run writes")
         flag("--steps", type=positive(int), help="training steps of stage one")
@@ -1046,11 +1023,9 @@ class Run:
         args = parser.parse_args()
         self.script, self.free, self.facts, self.rows = parser.name, parser.free, {}, {}
         self.started, self.seconds_before, self.folder_made = time.time(), 0.0, False
-        try:
-            self.rank, self.world, self.local_rank = (
-                int(os.environ.get(*p)) for p in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-        except ValueError:
-            stop("RANK, WORLD_SIZE, LOCAL_RANK in the environment: numbers, as torchrun sets them")
+        with reading("RANK, WORLD_SIZE, LOCAL_RANK in the environment, as torchrun sets them"):
+            self.rank, self.world, self.local_rank = (int(os.environ.get(name, default)) for
+                name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
         self.out = self.home = Path(args.out)          # a rehearsal writes elsewhere than home
         self.device = pick_device(args.device, self.local_rank)
         if self.world > 1 and not dist.is_initialized():
@@ -1075,7 +1050,7 @@ class Run:
         torch.manual_seed(self.args.seed)
 
     def check_data(self, facts):
-        """facts: what the data is, as far as models and results depend on it; the same on resume."""
+        """facts: all that models and results depend on; on resume they must be the same."""
         self.facts = facts
         for name, value in (self.saved["facts"] if self.saved else {}).items():
             if facts.get(name) != value:
@@ -1114,9 +1089,8 @@ class Run:
         if not self.saved and any(self.out.glob("checkpoint*.pt")):
             # Forgetting --resume must not cost a run: everything of it moves aside.
             old = next(d for n in itertools.count(1) if not (d := self.out / f"old-{n}").exists())
-            files = [f for f in self.out.iterdir() if f.is_file()]
             old.mkdir()
-            for file in files:
+            for file in filter(Path.is_file, list(self.out.iterdir())):
                 file.rename(old / file.name)
             self.say(f"the run that was in {self.out} is in {old} now")
         args, self.folder_made = vars(self.args), True
@@ -1188,10 +1162,8 @@ class Run:
             if self.rank == 0:
                 s.sums = {k: x.to(self.device) for k, x in saved["sums"].items()}
         elif source:
-            try:
+            with reading(f"--finetune {source}, stage {stage}"):
                 model.load_state_dict(read_run(source, self.script, [stage])[2][0])
-            except RuntimeError as e:
-                stop(f"--finetune {source} holds another model for stage {stage}: {reason(e)}")
         if self.world > 1 and s.step < steps:
             s.net = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
         self.rows[stage] = s.rows
@@ -1347,16 +1319,15 @@ class Run:
         """metrics.json, curves.png and the last words."""
         if self.rank:
             return
-        def valid(x):                                  # JSON has neither NaN nor infinity
-            return [valid(y) for y in x] if isinstance(x, list) else (
-                None if isinstance(x, float) and not math.isfinite(x) else x)
-        metrics = {k: valid(v) for k, v in {**metrics, "seconds": round(self.seconds, 1)}.items()}
-        self.write_text("metrics.json", json.dumps(metrics, indent=1))
+        metrics["seconds"] = round(self.seconds, 1)
+        # JSON has neither NaN nor infinity.
+        text = re.sub(r"(?<=[ \[])-?(NaN|Infinity)(?=[,\n])", "null", json.dumps(metrics, indent=1))
+        self.write_text("metrics.json", text)
         self.draw_curves()
         for name, value in metrics.items():
-            numbers = " ".join(f"{x:.4g}" if isinstance(x, float) else str(x)
-                               for x in (value if isinstance(value, list) else [value]))
-            self.say(f"{name:32} {numbers}")
+            numbers = value if isinstance(value, list) else [value]
+            self.say(f"{name:32} " + " ".join(f"{x:.4g}" if isinstance(x, float) else str(x)
+                                              for x in numbers))
         self.say(f"pictures and numbers are in {self.out}")
 
     def draw_curves(self):
@@ -1486,19 +1457,24 @@ def prepare(run, source, key, items, item_shape):
     words = (s.encode("utf-8", "surrogateescape") for s in (source, f"{key} {item_shape}"))
     name = "-".join(hashlib.sha256(word).hexdigest()[:12] for word in words)
     file = run.home.parent / "cache" / f"{name}.bin"
-    note = file.with_suffix(".json")                   # written last: then the file is whole
-    if run.local_rank == 0 and not note.exists():
+    if run.local_rank == 0 and not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        with open(file.with_suffix(".tmp"), "wb") as f:
+        temporary = file.with_suffix(f".{os.getpid()}.tmp")
+        with open(temporary, "wb") as f:
             lengths = decode(run, source, items, f)
-        for stale in file.parent.glob(f"{name.split('-')[0]}-*.[bj]*"):
-            stale.unlink()                             # of other files, or other flags
-        os.replace(f.name, file)
-        note.with_suffix(".new").write_text(json.dumps(lengths))
-        os.replace(note.with_suffix(".new"), note)
-    while not note.exists():                           # however long the first process takes
+            # At the end what is needed to read it: the lengths as JSON, and their length.
+            f.write(note := json.dumps(lengths).encode())
+            f.write(len(note).to_bytes(8, "little"))
+        for stale in file.parent.glob(f"{name.split('-')[0]}-*"):      # other files, other flags
+            if stale != temporary:
+                stale.unlink()
+        os.replace(temporary, file)
+    while not file.exists():                           # however long the first process takes
         time.sleep(0.1)
-    lengths = json.loads(note.read_text())
+    with open(file, "rb") as f:
+        f.seek(-8, os.SEEK_END)
+        f.seek(-8 - int.from_bytes(f.read(), "little"), os.SEEK_END)
+        lengths = json.loads(f.read()[:-8])
     size = sum(lengths) * math.prod(item_shape)
     joined = torch.from_file(str(file), shared=False, size=size, dtype=torch.uint8)
     return joined.view(-1, *item_shape), lengths
@@ -1531,8 +1507,7 @@ def ignore_interrupts(worker):
 
 def batches(tensor, size, device):
     """A CPU tensor piece by piece on the device, for measuring: nothing whole lies there."""
-    for part in tensor.split(size):
-        yield part.to(device)
+    return (part.to(device) for part in tensor.split(size))
 
 
 def smallest_int(num_codes):
@@ -1554,7 +1529,7 @@ def make_quantizer(args, num_codebooks=1):
 
 def check_batch(examples, batch_size, what, flag):
     if examples < batch_size:
-        stop(f"{what}: {examples} training examples are fewer than a batch of {batch_size} ({flag})")
+        stop(f"{what}: {examples} training examples are fewer than a batch of {batch_size}, {flag}")
 
 
 def plain(text, most=40):

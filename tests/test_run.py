@@ -678,6 +678,7 @@ def test_errors_while_reading_data_are_one_line(launched, error, said):
 
 def test_a_fault_of_the_program_keeps_its_traceback(launched):
     def main(run, data):
+        launched.main(run, data)
         if not run.rehearsing:
             raise RuntimeError("shapes do not match")
 
@@ -792,18 +793,18 @@ def test_prepared_data_is_decoded_once_and_found_again(make_run, tmp_path):
 def test_preparation_that_was_killed_starts_anew(make_run, tmp_path):
     run, log = make_run(), tmp_path / "log"
     prepare(run, "photos", "key", Items(log), (2,))
-    (note,), (file,) = ((tmp_path / "cache").glob(f"*.{e}") for e in ("json", "bin"))
-    note.unlink()                                      # killed before the last file was written
-    file.with_suffix(".tmp").write_bytes(b"half of it")
+    (file,) = (tmp_path / "cache").iterdir()
+    file.rename(file.with_suffix(".123.tmp"))          # killed before it was whole
     x, lengths = prepare(run, "photos", "key", Items(log), (2,))
     assert x[:, 0].tolist() == [0, 1, 1, 2, 2, 2, 3, 3, 3, 3, 4, 4, 4, 4, 4]
     assert len(decoded(log)) == 10
+    assert [p.suffix for p in (tmp_path / "cache").iterdir()] == [".bin"], "the torn one is gone"
 
 
 def test_an_unreadable_item_is_named_and_nothing_is_kept(make_run, tmp_path):
     with pytest.raises(ValueError, match="^item 3 is not readable$"):
         prepare(make_run(), "photos", "key", Items(tmp_path / "log", {3}), (2,))
-    assert not list((tmp_path / "cache").glob("*.json"))
+    assert not list((tmp_path / "cache").glob("*.bin"))
 
 
 def test_files_are_found_through_links_but_not_in_circles(tmp_path):
