@@ -1,160 +1,580 @@
 """Video: frames -> VQ-VAE -> codes -> action-conditional prior -> imagined clips (sec. 4.4).
 
     python train_video.py                          demo world, no download, no GPU: minutes
-    python train_video.py --no-actions             the same, the prior never told what is done
-    python train_video.py --data clips.npz --preset paper        own clips, on a GPU
-    python train_video.py --resume                 go on with runs/video, as if never stopped
+    python train_video.py --play                   walk through what it has learned: arrow keys
+    python train_video.py --play left,left,forward               the same walk as a GIF
+    python train_video.py --no-actions             a prior that is not conditioned on actions
+    python train_video.py --data clips.npz --preset paper        your own clips, on a GPU
+    python train_video.py --resume                 continue runs/video, as if never stopped
     torchrun --nproc_per_node=2 train_video.py     the same run over several processes
 
 Stage one trains a VQ-VAE on single frames. Then it is frozen, every frame is encoded once, and
 a VideoPrior learns p(z_1, .., z_T | actions). A roll-out gets 6 frames and generates 10 "purely
-in the latent space"; the decoder makes pictures of them when all are there. --out (runs/video)
-receives rollout.gif, rollout.png (the paper's fig. 7, with the truth beside the imagination),
-rollout_long.png, reconstructions.png, curves.png, metrics.json, log.csv, config.json and
-checkpoint.pt; README explains every number.
+in the latent space"; the decoder makes pictures of them at the end. --out (runs/video) receives
+rollout.png (the paper's fig. 7), rollout.gif, rollout_long.png, metrics.json and checkpoints.
 
 --data: an .npz with `frames` (N, T, H, W, 3) uint8 and `actions` (N, T) or (N, T-1) integers
-from 0; actions[n, t] leads from frames[n, t] to frames[n, t + 1]. From any Gymnasium environment
-with discrete actions and pictures of a fixed size (84 x 84, say):
-
-    env, frames, actions = gymnasium.make(NAME, render_mode="rgb_array"), [], []
-    for episode in range(200):
-        env.reset(seed=episode)
-        for step in range(30):
-            frames.append(env.render())
-            actions.append(env.action_space.sample())
-            if any(env.step(actions[-1])[2:4]):        # ended too early: leave this clip out
-                del frames[-step - 1:], actions[-step - 1:]
-                break
-    frames, actions = np.array(frames), np.array(actions)
-    np.savez_compressed("clips.npz", actions=actions.reshape(-1, 30),
-                        frames=frames.reshape(-1, 30, *frames.shape[1:]))
+from 0; or a folder with frames.npy and actions.npy, which stay on the disk (a memory map).
+actions[n, t] leads from frames[n, t] to frames[n, t + 1].
 """
 
-import json
+import itertools
 import math
-import time
-import zipfile
+from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
 from prior import VideoPrior
-from vqvae import (VQVAE, Gaussian, Parser, Run, VectorQuantizer, VectorQuantizerEMA,
-                   count_codes, perplexity, positive, stop, to_unit)
+from vqvae import (VQVAE, Gaussian, Parser, batches, check_batch, count_codes, digest, launch,
+                   make_quantizer, mix, perplexity, pick_device, positive, read_run, reading,
+                   smallest_int, to_unit)
 
-GIVEN, GENERATED = 6, 10                               # frames of a roll-out, as in fig. 7
-FACTOR = 4                                             # pixels a code, each way
+GIVEN, GENERATED = 6, 10          # frames of a roll-out, as in fig. 7
+FACTOR = 4                        # pixels per code, each way
 
 PRESETS = {
     # 24 x 48 x 3 -> 6 x 12 codes, for a laptop.
-    "demo": dict(warmup_steps=100, steps=1000, prior_steps=4600, batch_size=32,
-                 prior_batch_size=48, lr=1e-3, prior_lr=3e-3, lr_decay=0.5, codebook="ema",
-                 num_codes=128, code_dim=32, hidden=48, res_hidden=32, prior_channels=32,
-                 prior_layers=2),
-    # DeepMind Lab, 84 x 84 x 3 -> 21 x 21, K = 512. The paper gives no more: Adam's rate and the
-    # number of steps are those of its CIFAR-10 experiment.
-    "paper": dict(warmup_steps=1000, steps=250_000, prior_steps=250_000, batch_size=128,
-                  prior_batch_size=128, lr=2e-4, prior_lr=2e-4, num_codes=512, code_dim=64,
-                  hidden=128, res_hidden=32, prior_channels=128, prior_layers=10),
+    "demo": dict(steps=1100, prior_steps=4600, batch_size=32, prior_batch_size=48, lr=1e-3,
+                 prior_lr=3e-3, lr_decay=0.5, codebook="ema", num_codes=128, code_dim=32, hidden=48,
+                 res_hidden=32, prior_channels=32, prior_layers=2),
+    # DeepMind Lab, 84 x 84 x 3 -> 21 x 21, K = 512; rate and steps are those of CIFAR-10.
+    "paper": dict(steps=250_000, prior_steps=250_000, batch_size=128, prior_batch_size=128, lr=2e-4,
+                  prior_lr=2e-4, num_codes=512, code_dim=64, hidden=128, res_hidden=32,
+                  prior_channels=128, prior_layers=10),
 }
 
-# ---------------------------------------------------------------------------------------------
-# Demo world: a first-person ray-caster in textured mazes
-# ---------------------------------------------------------------------------------------------
+
+def main(run, data):
+    """Sec. 4.4. (The models are made in here: a rehearsal on a few clips comes first.)"""
+    args, model = run.args, make_model(run.args, data.facts)
+    run.say("training clips: {} of {} frames, {}x{}x{}".format(*data.parts["train"].frames.shape))
+
+    train, valid = data.stretches(1)                   # stage one: frames, uniform p(z)
+    run.fit("vqvae", model.vqvae, lambda net, x, action: vqvae_loss(net, x[:, 0], args.num_codes),
+            train, args.steps, args.batch_size, args.lr, valid)
+    model.vqvae.requires_grad_(False)
+    codes = {part: model.encode(clips.frames) for part, clips in data.parts.items()}
+
+    train, valid = data.stretches(GIVEN + 1, codes, args.num_codes)    # stage two: p(z | actions)
+    run.fit("prior", model.prior, lambda net, z, action: prior_loss(
+        net, z, None if args.no_actions else action),
+        train, args.prior_steps, args.prior_batch_size, args.prior_lr, valid)
+
+    train, valid = data.stretches(2)                   # of measurements, no part of the model
+    judge = run.fit("judge", make_judge(len(model.names)), judge_loss, train,
+                    min(args.steps, 5000), args.batch_size, args.lr, valid)
+    if run.rank == 0:
+        metrics, rows = measure(run, model, judge, data, codes)        # roll-outs
+        draw(run, model, data.parts["test"], rows)     # fig. 7
+        run.finish(metrics)
+
+
+# -- The two stages -----------------------------------------------------------------------------
+
+class Model(namedtuple("Model", "vqvae prior names args")):
+    """What a run trains, and what `load` gives back; names: of the actions, args: the flags."""
+
+    @property
+    def device(self):
+        return next(self.vqvae.parameters()).device
+
+    @torch.no_grad()
+    def encode(self, frames, size=8):
+        """Frames (N, T, 3, H, W) uint8 -> codes (N, T, h, w), on the CPU, in the smallest dtype."""
+        dtype = smallest_int(self.args.num_codes + 1)  # K stands for "no frame"
+        return torch.cat([self.vqvae.encode(x.flatten(0, 1).to(self.device)).to("cpu", dtype)
+                          for x in frames.split(size)]).unflatten(0, frames.shape[:2])
+
+    @torch.no_grad()
+    def decode(self, codes, size=128):
+        """The way back: codes (N, T, h, w) -> frames (N, T, 3, H, W) uint8, on the CPU."""
+        return torch.cat([self.vqvae.decode(z.long()).cpu() for z in batches(
+            codes.flatten(0, 1), size, self.device)]).unflatten(0, codes.shape[:2])
+
+    def imagine(self, frames, actions, temperature=None, seed=0):
+        """Frames (N, T, 3, H, W) uint8, T >= 1, and what follows if actions (N, n) int64 are taken
+        next: (N, T + n, 3, H, W). All codes come first, "purely in the latent space"; pictures
+        are made of them after that. A model without actions asks `actions` for n alone."""
+        generator = torch.Generator(self.device).manual_seed(seed)
+        codes = self.continued(self.encode(frames), actions, temperature, generator)
+        return torch.cat([frames, self.decode(codes)], 1)
+
+    def continued(self, codes, actions, temperature, generator):
+        """Codes (B, T, h, w), actions (B, n) -> the next n code maps (B, n, h, w)."""
+        plan = F.pad(actions, (codes.shape[1] - 1, 0), value=-1)       # -1: not looked at
+        return self.prior.sample(
+            codes.to(self.device).long(), plan.to(self.device) if self.prior.num_actions else None,
+            actions.shape[1], temperature or self.args.temperature or 1.0, generator)
+
+
+def make_model(args, facts):
+    vqvae = VQVAE(make_quantizer(args), Gaussian(facts["variance"]), hidden=args.hidden,
+                  res_hidden=args.res_hidden)
+    prior = VideoPrior(args.num_codes, 0 if args.no_actions else len(facts["actions"]),
+                       args.prior_channels, args.prior_layers, context=GIVEN)
+    return Model(vqvae, prior.to(memory_format=torch.channels_last), facts["actions"], args)
+
+
+def vqvae_loss(net, x, num_codes):
+    y = net(x)
+    mse = F.mse_loss(y.out.detach().float(), to_unit(x)) * 255 ** 2
+    return y.loss, {"mse": mse, "codes_used": count_codes(y.codes, num_codes)}
+
+
+def prior_loss(net, z, action):
+    """-log p(z_t | z_<t, a_(t-1)), teacher-forced: the frames before, z[:, :-1], are recorded ones.
+    z (B, GIVEN + 1, h, w); action (B,) leads to the last frame, or None."""
+    z = z.long()
+    if action is not None:  # of the earlier ones the prior sees what they did, in the frames
+        action = F.pad(action[:, None], (GIVEN - 1, 0), value=-1)
+    loss = F.cross_entropy(net(z, action, last=1), z[:, -1:])          # nats per code
+    return loss, {"bits_per_code": loss.detach() / math.log(2)}
+
+
+def make_judge(num_actions):
+    """Inverse dynamics: which action leads from a frame to the next? (B, 2, 3, H, W) in
+    [-0.5, 0.5] -> logits (B, actions). Trained on real frames, it is asked about imagined ones:
+    after some steps two different futures may both be right, but a left turn must look like one."""
+    layers = [nn.Flatten(1, 2)]
+    for i, o in ((6, 32), (32, 64), (64, 64)):
+        layers += [nn.Conv2d(i, o, 5, 2, 2), nn.GroupNorm(1, o), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d((2, 4)), nn.Flatten(), nn.Linear(512, 128),
+                         nn.ReLU(), nn.Linear(128, num_actions))
+
+
+def judge_loss(net, pair, action):
+    logits = net(to_unit(pair))
+    right = (logits.detach().argmax(1) == action).float().mean()
+    return F.cross_entropy(logits, action), {"accuracy": right}
+
+
+# -- Measurements: metrics.json -----------------------------------------------------------------
+
+# Clips that were imagined, and what really happens (None if it is not known): (N, T, 3, H, W), of
+# which GIVEN frames were given; actions (N, T - GIVEN).
+RollOut = namedtuple("RollOut", "name actions imagined truth")
+
+
+def measure(run, model, judge, data, codes):
+    """Settings are chosen by what is measured on "valid", nothing by "test" and "unseen" mazes."""
+    metrics, rows = {}, {}
+    for part, clips in list(data.parts.items())[1:]:
+        run.say(f"imagining what follows {GIVEN} frames of {part} clips")
+        rows[part] = roll_outs(run, model, clips)
+        found = measure_codes(model, clips, codes[part]) | measure_films(model, judge, rows[part])
+        metrics |= {k if part == "test" else f"{part}_{k}": x for k, x in found.items()}
+    return metrics, rows["test"]
+
+
+def roll_outs(run, model, clips):
+    """Of up to 100 clips: for the recorded actions, and for each constant one."""
+    T, length = clips.frames.shape[1], min(clips.frames.shape[1], GIVEN + GENERATED)
+    frames, actions = (x[:100, :T // length * length].unflatten(1, (-1, length)).flatten(0, 1)[:100]
+                       for x in (clips.frames, F.pad(clips.actions, (0, 1))))
+    given, taken = frames[:, :GIVEN], actions[:, GIVEN - 1:-1]
+    plans = {"recorded actions": taken} | {
+        f"only {name}": torch.full_like(taken, k)
+        for k, name in enumerate(model.names[:min(4, model.prior.num_actions)])}
+    return [RollOut(name, plan, model.imagine(given, plan, seed=run.args.seed),
+                    frames if plan is taken else clips.truth(plan)) for name, plan in plans.items()]
+
+
+def measure_codes(model, clips, codes):
+    counts = count_codes(codes.long(), model.args.num_codes)
+    bits = codes[0, 0].numel() * math.log2(max(2, len(counts)))        # of a frame
+    bits_of = {"": clips.actions, "_shuffled_actions": clips.actions.roll(1, 0)}
+    return {"codes_used": (counts > 0).sum().item(), "num_codes": len(counts),
+            "perplexity": perplexity(counts).item(),
+            "compression": clips.frames[0, 0].numel() * 8 / bits} | {
+        f"bits_per_code{name}": bits_per_code(model.prior, codes, actions)
+        for name, actions in bits_of.items() if model.prior.num_actions or not name}
+
+
+@torch.no_grad()
+def bits_per_code(prior, codes, actions, size=4):
+    """-log2 p(z_t | z_<t, a_<t) of the frames after the first GIVEN."""
+    device, nats = next(prior.parameters()).device, 0
+    for z, a in zip(codes.split(size), actions.split(size)):
+        z = z.to(device).long()
+        logits = prior(z, a.to(device) if prior.num_actions else None, last=z.shape[1] - GIVEN)
+        nats += F.cross_entropy(logits, z[:, GIVEN:], reduction="sum").item()
+    return nats / codes[:, GIVEN:].numel() / math.log(2)
+
+
+def measure_films(model, judge, rows):
+    """By step: PSNR in dB, over moving clips, as copying is unbeatable at a wall; sharpness: edges,
+    relative to those of decoded frames; the judge's accuracy."""
+    (_, actions, imagined, truth), *constant = rows
+    moving, decoded = is_moving(truth), model.decode(model.encode(truth))
+    later, metrics = slice(GIVEN, None), {}
+    for name, x in (("generated", imagined), ("reconstruction", decoded),
+                    ("copy_last", truth[:, GIVEN - 1:GIVEN].expand_as(truth))):
+        error = (x[moving, later].float() - truth[moving, later]).square().mean((0, 2, 3, 4))
+        metrics[f"psnr_{name}"] = (10 * torch.log10(255 ** 2 / error.clamp(min=1e-2))).tolist()
+    edges, of_real = (sum(x[:, later].float().diff(dim=d).abs().mean((0, 2, 3, 4))
+                          for d in (-1, -2)) for x in (imagined, decoded))
+    metrics["sharpness"] = (edges / of_real).tolist()
+    film = torch.cat([decoded[:, :GIVEN], imagined[:, later]], 1)      # all of it decoded
+    for name, x in (("real", truth), ("imagined", film)):
+        metrics[f"judge_{name}"] = judge_accuracy(judge, x[:, GIVEN - 1:], actions)
+    if constant and constant[0].truth is not None:
+        metrics["action_accuracy"] = action_accuracy(constant)
+    return metrics
+
+
+def is_moving(truth):
+    """Clips in which every frame differs from the last given one; all clips, if none does. (N,)"""
+    error = (truth[:, GIVEN:].float() - truth[:, GIVEN - 1:GIVEN]).square().mean((2, 3, 4))
+    moving = (error > 255 ** 2 / 10 ** 3).all(1)       # below 30 dB
+    return moving | ~moving.any()
+
+
+def action_accuracy(rows):
+    """Roll-outs of constant actions, a row each -> the share that is nearer to the ground truth of
+    its own action than to that of any other."""
+    error = torch.stack([(row.imagined.float() - other.truth.float()).square().mean((1, 2, 3, 4))
+                         for row in rows for other in rows]).unflatten(0, (len(rows), -1))
+    own = torch.eye(len(rows), dtype=torch.bool)       # error: (actions, compared with, N)
+    return (error[own] < error.masked_fill(own[..., None], math.inf).amin(1)).float().mean().item()
+
+
+@torch.no_grad()
+def judge_accuracy(judge, film, actions):
+    """Clips (N, n + 1, 3, H, W), actions (N, n): how often the judge names the action, by step."""
+    pairs = film.unfold(1, 2, 1).movedim(-1, 2).flatten(0, 1)          # (N * n, 2, 3, H, W)
+    guesses = [judge(to_unit(x)).argmax(1).cpu()
+               for x in batches(pairs, 100, next(judge.parameters()).device)]
+    return (torch.cat(guesses).view_as(actions) == actions).float().mean(0).tolist()
+
+
+# -- Pictures -----------------------------------------------------------------------------------
+
+def draw(run, model, clips, rows):
+    first, x = rows[0], clips.frames[:8, -1:]          # (8, 1, 3, H, W)
+    run.picture("reconstructions", torch.cat([x, model.decode(model.encode(x))], 1).transpose(0, 1),
+                "test frames, each above its reconstruction")
+    draw_films(run, "rollout", rows, 2)
+    # 100 frames after those given to four clips, for the recorded actions of forty.
+    count, k = min(4, len(first.actions)), 1 if run.rehearsing else 10
+    taken = first.actions[torch.arange(count * k) % len(first.actions)].view(count, -1)
+    film = model.imagine(first.truth[:count, :GIVEN], taken, seed=run.args.seed)
+    draw_films(run, "rollout_long", [RollOut(first.name, taken, film, clips.truth(taken))], 4, 5)
+    # rollout.gif: one sequence of actions after the other, for the median of the moving test clips
+    # by the error of the recorded actions' roll-out: neither a lucky nor an unlucky one.
+    error = (first.imagined.float() - first.truth.float()).square().mean((1, 2, 3, 4))
+    moving = is_moving(first.truth).nonzero().flatten()
+    n = moving[error[moving].argsort()[len(moving) // 2]]
+    film, truth = ([0 * row.imagined[n] if row[k] is None else row[k][n] for row in rows]
+                   for k in (2, 3))
+    captions = [f"{row.name}, {t - GIVEN:+d}" for row in rows for t in range(1, 1 + len(film[0]))]
+    run.write("rollout.gif", lambda f: save_film(f, torch.cat(film), torch.cat(truth), captions))
+
+
+def draw_films(run, name, rows, count, every=1):
+    """As the paper's fig. 7: frames given, then imagined; the ground truth in the row below."""
+    at = range(0 if every == 1 else GIVEN - 1, rows[0].imagined.shape[1], every)
+    labels, films = zip(*[
+        (what, film[n, at]) for n in range(min(count, len(rows[0].imagined))) for row in rows
+        for what, film in ((f"{row.name}: imagined", row.imagined), ("ground truth", row.truth))
+        if film is not None])
+    run.picture(name, torch.stack(films), f"{GIVEN} frames, to +0, are given; all later codes "
+                "are sampled before one is decoded", [f"{t + 1 - GIVEN:+d}" for t in at], labels)
+
+
+def save_film(file, imagined, truth, captions, width=320):
+    """A GIF of frames (T, 3, H, W) and, where it is known, the ground truth on the right."""
+    from PIL import Image, ImageDraw, ImageFont
+    scale, pictures = max(1, round(width / imagined.shape[3])), []
+    films = [F.pad(film.repeat_interleave(scale, 2).repeat_interleave(scale, 3), (4, 4, 24, 4),
+                   value=255) for film in (imagined, truth) if film is not None]
+    for x, caption in zip(torch.cat(films, 3), captions):              # (3, height, width)
+        pictures.append(Image.fromarray(x.permute(1, 2, 0).numpy()))
+        text = f"imagined: {caption}" + "   (right: ground truth, if known)" * (truth is not None)
+        ImageDraw.Draw(pictures[-1]).text((4, 3), text, "black", ImageFont.load_default(15))
+    pictures[0].save(file, "GIF", save_all=True, append_images=pictures[1:], duration=350, loop=0)
+
+
+# -- Using a finished run: load, --play ---------------------------------------------------------
+
+def load(folder="runs/video", device="auto"):
+    """The trained Model of a finished run, in eval mode; ValueError if there is none."""
+    args, facts, weights = read_run(folder, "video", ["vqvae", "prior"])
+    with reading(folder):                              # a checkpoint of another version, say
+        model = make_model(args, facts)
+        for net, state in zip(model[:2], weights):
+            net.load_state_dict(state)
+            net.to(pick_device(device)).eval().requires_grad_(False)
+    return model
+
+
+def use(args):
+    """--play: a list of actions, or a window with arrow keys; then the walk as a GIF."""
+    model = load(args.out, args.device)
+    play = Play(model, load_parts(model.args, ["test"])[0]["test"], args.temperature)
+    for word in args.play.split(",") if args.play else []:
+        if word.strip() not in play.words:
+            raise ValueError(f"--play {word}: no such action; there are: {', '.join(play.words)}")
+        play.act(play.words[word.strip()])
+    if not args.play:
+        import matplotlib.pyplot as plt
+        play.open(plt.figure("train_video.py --play", (11, 3)))
+        if play.axis.figure.canvas.required_interactive_framework is None:
+            raise ValueError("--play: no display for a window; --play left,left writes a GIF")
+        plt.show()                                     # until the window is closed
+    with open(Path(args.out, "play.gif"), "wb") as file:
+        save_film(file, play.film, play.truth(), ["given"] * GIVEN + [
+            model.names[action] for action in play.actions])
+    print(f"{len(play.film)} frames are in {file.name}")
+
+
+class Play:
+    """A walk through the imagination, from the given frames of a clip on: each action is one more
+    code map, and the picture that the decoder makes of it."""
+
+    def __init__(self, model, clips, temperature=None):
+        self.model, self.clips, self.temperature = model, clips, temperature
+        words = model.names, map(str, itertools.count()), ("up", "left", "right", "down")
+        self.words = {word: k for some in words for k, word in zip(range(len(model.names)), some)}
+        self.restart(0)
+
+    def restart(self, n):
+        self.n, self.actions = n % len(self.clips.frames), []
+        self.film = self.clips.frames[self.n, :GIVEN]                  # (T, 3, H, W)
+        self.codes = self.model.encode(self.film[None])                # (1, T, h, w)
+        self.generator = torch.Generator(self.model.device).manual_seed(0)
+
+    def act(self, action):
+        z = self.model.continued(self.codes[:, -GIVEN:], torch.tensor([[action]]),
+                                 self.temperature, self.generator).to(self.codes)
+        self.actions.append(action)
+        self.codes = torch.cat([self.codes, z], 1)
+        self.film = torch.cat([self.film, self.model.decode(z)[0]])
+
+    def truth(self):
+        films = self.clips.truth(torch.tensor([self.actions]).long(), self.n)
+        return films if films is None else films[0]
+
+    def open(self, figure):
+        """Walk by the keyboard, in a matplotlib figure."""
+        if figure.canvas.manager is not None:          # matplotlib's own keys: left is "back" there
+            figure.canvas.mpl_disconnect(figure.canvas.manager.key_press_handler_id)
+        figure.canvas.mpl_connect("key_press_event", self.on_key)
+        figure.text(0.02, 0.02, f"arrows or numbers: {', '.join(self.model.names)}    n: another "
+                    "clip    when the window is closed, the walk is saved as play.gif")
+        # A colour for each code: ranks along three random directions, so that similar ones match.
+        e = self.model.vqvae.quantizer.codebook.cpu()  # (K, D)
+        ranks = (e @ torch.randn(e.shape[1], 3)).argsort(0).argsort(0)
+        self.colors, self.axis = (255 * ranks / len(e)).byte(), figure.add_subplot()
+        self.show()
+
+    def show(self):
+        codes = self.colors[self.codes[:, -1].long()].permute(0, 3, 1, 2)
+        codes = codes.repeat_interleave(FACTOR, 2).repeat_interleave(FACTOR, 3)
+        sheets = [x[-1] for x in (self.film, codes, self.truth()) if x is not None]
+        self.axis.clear()
+        self.axis.set(title="imagined, its codes, ground truth if known", xticks=[], yticks=[])
+        self.axis.imshow(torch.cat(sheets, 2).permute(1, 2, 0).numpy())
+        self.axis.figure.canvas.draw_idle()
+
+    def on_key(self, event):
+        if event.key in self.words:
+            self.act(self.words[event.key])
+        elif event.key == "n":
+            self.restart(self.n + 1)
+        self.show()
+
+
+# -- Data ---------------------------------------------------------------------------------------
+
+# A part of the data: frames (N, T, 3, H, W) uint8, in memory or mapped; actions (N, T-1) int64:
+# actions[:, t] leads from frames[:, t] to the next; truth: see demo_part.
+Clips = namedtuple("Clips", "frames actions truth", defaults=[lambda actions, first=0: None])
+
+
+class Stretches(torch.utils.data.Dataset):
+    """All stretches of `length` consecutive frames (or code maps) x (N, T, ...), each with the
+    action that leads to its last one; -1, "none", leads to the first of a clip.
+    For Run.fit: self[index (B,)] -> stretches (B, length, ...), actions (B,)."""
+
+    def __init__(self, x, actions, length):
+        self.x = x.unfold(1, length, 1)                # a view (N, T', ..., length)
+        self.actions = F.pad(actions, (1, 0), value=-1)[:, -self.x.shape[1]:]
+
+    def __len__(self):
+        return self.actions.numel()
+
+    def __getitem__(self, index):
+        n, t = index // self.x.shape[1], index % self.x.shape[1]
+        return self.x[n, t].movedim(-1, 1), self.actions[n, t]
+
+
+class Data(namedtuple("Data", "parts facts")):
+    """parts: Clips by name. facts: what models and results depend on."""
+
+    def few(self):
+        """For the rehearsal: two clips, two frames to imagine. "unseen" is the same as "test"."""
+        return self._replace(parts={
+            part: Clips(frames[:2, :GIVEN + 2], actions[:2, :GIVEN + 1], truth)
+            for part, (frames, actions, truth) in self.parts.items() if part != "unseen"})
+
+    def stretches(self, length, codes=None, num_codes=0):
+        """Training and validation sets of frames, or of codes. Those of codes begin before their
+        clip, with the code K, "no frame": the first frame is learned as well."""
+        return [Stretches(self.parts[part].frames if codes is None else
+                          F.pad(codes[part], (0, 0, 0, 0, length - 1, 0), value=num_codes),
+                          self.parts[part].actions, length) for part in ("train", "valid")]
+
+
+def load_data(run):
+    parts, names = load_parts(run.args)
+    x, batch_size = parts["train"].frames, max(run.args.batch_size, run.args.prior_batch_size)
+    check_batch(len(x) * (x.shape[1] - 1), batch_size, "frames", "--batch-size, --prior-batch-size")
+    some = to_unit(x[torch.linspace(0, len(x) - 1, 200).long(), ::4])  # variance: eq. 3, term 1
+    return Data(parts, {"actions": names, "size": list(x.shape[-2:]), "digest": digest(x),
+                        "variance": some.var().item()})
+
+
+def load_parts(args, wanted=("train", "valid", "test", "unseen")):
+    """Clips by part, and the names of their actions. The last tenth of your own clips is for
+    testing, the one before for validation: neighbours in a recording may be near doubles."""
+    if args.data is None:
+        return {part: demo_part(args, part) for part in wanted}, list(ACTIONS)
+    frames, actions = read_arrays(args.data)
+    a, b = -2 * (len(frames) // 10), -(len(frames) // 10)
+    cut = {"train": slice(a), "valid": slice(a, b), "test": slice(b, None)}
+    return ({part: Clips(frames[n], actions[n]) for part, n in cut.items()},
+            [f"action {k}" for k in range(int(actions.max()) + 1)])
+
+
+def read_arrays(path):
+    """--data (see the top of this file) -> frames (N, T, 3, H, W), actions (N, T-1)."""
+    with reading(f"--data {path}"):                    # mode c: mapped, and never written back
+        file = {name: np.load(Path(path, f"{name}.npy"), "c", allow_pickle=False) for name in (
+            "frames", "actions")} if Path(path).is_dir() else np.load(path, allow_pickle=False)
+        frames, actions = np.asarray(file["frames"]), np.asarray(file["actions"])
+    N, T, H, W, C = frames.shape if frames.ndim == 5 else [0] * 5
+    if not (frames.dtype == np.uint8 and C == 3 and N >= 10 and T >= GIVEN + GENERATED
+            and H % FACTOR == W % FACTOR == 0 and min(H, W) >= 4 * FACTOR
+            and actions.shape in ((N, T), (N, T - 1)) and actions.dtype.kind in "iu"
+            and 0 <= actions.min() <= actions.max() < 256):
+        raise ValueError(
+            f"--data {path}: frames {frames.shape} {frames.dtype}, actions {actions.shape} "
+            f"{actions.dtype}; needed: frames (N >= 10, T >= {GIVEN + GENERATED}, H, W, 3) uint8, "
+            f"H, W multiples of {FACTOR} from {4 * FACTOR}; actions (N, T) or (N, T-1), 0 to 255")
+    return (torch.from_numpy(np.moveaxis(frames, 4, 2)),
+            torch.from_numpy(actions[:, :T - 1].astype(np.int64)))
+
+
+def make_parser():
+    parser = Parser("video", PRESETS, description=__doc__)
+    parser.uses = ("play",)
+    parser.free = parser.free | {"prior_batch_size", "prior_lr", "temperature"}
+    flag = parser.add_argument
+    flag("--play", nargs="?", const="", metavar="ACTIONS", help="walk through the imagination of "
+         "the run in --out: by the keyboard, in a window, or by a list: left,left,forward")
+    flag("--prior-batch-size", type=positive(int), help="frames per step of the prior")
+    flag("--prior-lr", type=positive(float), help="Adam's learning rate for the prior")
+    flag("--no-actions", action="store_true", help="a prior that is not conditioned on actions")
+    flag("--res-hidden", type=positive(int), help="channels inside a residual block")
+    flag("--prior-layers", type=positive(int), help="layers of its PixelCNN")
+    flag("--temperature", type=positive(float), help="of roll-outs; below 1: likelier codes")
+    flag("--demo-clips", type=positive(int), default=3500, help="training clips of the demo")
+    return parser
+
+
+# -- Demo world: a first-person ray-caster in textured mazes ------------------------------------
 
 ACTIONS = ("forward", "left", "right")
 STEP, TURN = 0.15, 10             # a step in widths of a corridor, a turn in degrees
 RADIUS = 0.3                      # nearer than this the walker does not come to a wall
+MAZES = 100                       # with two, the prior knows them by heart: unseen ones suffer
 VIEW = np.deg2rad(60)             # half the field of view, to the sides
 EYE, WALL = 0.6, 1.2              # height of the eye and of the walls
+
+
+def demo_part(args, part):
+    """One part of the demo's data. "unseen" walks through other mazes than the rest."""
+    world = World(seed=mix(args.seed, "unseen") if part == "unseen" else args.seed)
+    count = args.demo_clips if part == "train" else max(10, args.demo_clips // 10)
+    frames, actions, poses = demo_clips(world, count, GIVEN + GENERATED, seed=mix(args.seed, part))
+
+    def truth(actions, first=0):
+        """The GIVEN frames of clips number first, .., and those that actions (n, T) lead to."""
+        given = poses[first:first + len(actions), :GIVEN]
+        later = world.walk(given[:, -1], actions.numpy())[:, 1:]
+        return world.render(np.concatenate([given, later], 1), frames.shape[3])
+    return Clips(frames, torch.from_numpy(actions[:, :-1]), truth)
 
 
 class World:
     """Some mazes, and a camera that walks in them. All is known: any future can be rendered.
 
     The camera's columns are equal angles, as on a panorama: of 48 columns for 120 degrees a turn
-    moves the whole picture by 4, which is one code. It takes twelve turns to see nothing of what
-    was seen before: most of what ten turns show can be known.
+    moves the whole picture by 4, which is one code; after ten turns some of it is still in view.
+    Poses (n, 4): the maze's number, x and y on its grid, the heading in turns of TURN degrees."""
 
-    A pose is (maze, x, y, turns): the maze's number, the place on its grid, and the heading in
-    turns of TURN degrees to the left; poses are arrays (n, 4), moved and rendered together.
-    """
-
-    def __init__(self, count=2, seed=0, size=7):
+    def __init__(self, count=MAZES, seed=0, size=7):
         rng = np.random.default_rng(seed)
-        self.wall = np.stack([dig(size, rng) for _ in range(count)])      # (count, size, size)
-        self.color = palette(rng.integers(6, size=self.wall.shape) / 6, 0.65)
+        self.wall = np.ones((count, size, size), bool)
+        self.wall[:, 1:-1, 1:-1] = rng.random((count, size - 2, size - 2)) < 0.2
+        self.color = palette(rng.integers(4, size=self.wall.shape) / 4, 0.65)
         self.pattern = rng.integers(len(PATTERNS), size=self.wall.shape)
-        self.floor = 0.75 * palette(rng.permutation(count) / count, 0.35)
-        self.ceiling = palette(rng.permutation(count) / count, 0.35)
+        self.floor, self.ceiling = np.float32([[0.25, 0.22, 0.2], [0.55, 0.6, 0.7]])
 
     def start(self, count, rng):
         """Poses in the middle of free cells, with any heading."""
         cells = np.argwhere(~self.wall)[rng.integers((~self.wall).sum(), size=count)]
-        turns = rng.integers(360 // TURN, size=(count, 1))
-        return np.concatenate([cells + (0, 0.5, 0.5), turns], 1)
+        return np.column_stack([cells + (0, 0.5, 0.5), rng.integers(360 // TURN, size=count)])
 
     def move(self, pose, action):
         """One action each. A wall stops the part of a step that goes into it, and no other."""
         maze, x, y, turns = pose.T
         turns = (turns + (action == 1) - (action == 2)) % (360 // TURN)
-        angle, step = np.deg2rad(turns * TURN), STEP * (action == 0)
-        x = np.where(self.free(maze, x + step * np.cos(angle), y), x + step * np.cos(angle), x)
-        y = np.where(self.free(maze, x, y + step * np.sin(angle)), y + step * np.sin(angle), y)
+        dx, dy = (STEP * (action == 0) * f(np.deg2rad(turns * TURN)) for f in (np.cos, np.sin))
+        x = np.where(self.free(maze, x + dx, y), x + dx, x)
+        y = np.where(self.free(maze, x, y + dy), y + dy, y)
         return np.stack([maze, x, y, turns], 1)
 
     def free(self, maze, x, y):
-        corners = [self.wall[maze.astype(int), (x + i).astype(int), (y + j).astype(int)]
-                   for i in (-RADIUS, RADIUS) for j in (-RADIUS, RADIUS)]
-        return ~np.any(corners, 0)
+        return ~np.any([self.wall[maze.astype(int), (x + i).astype(int), (y + j).astype(int)]
+                        for i in (-RADIUS, RADIUS) for j in (-RADIUS, RADIUS)], 0)
 
     def walk(self, pose, actions):
-        """The poses (n, T, 4) that the actions (n, T) lead through, `pose` (n, 4) not included."""
-        poses = []
-        for action in actions.T:
-            pose = self.move(pose, action)
-            poses.append(pose)
-        return np.stack(poses, 1)
+        """The poses (n, 1 + T, 4) that the actions (n, T) lead through, from `pose` (n, 4) on."""
+        return np.stack(list(itertools.accumulate(actions.T, self.move, initial=pose)), 1)
 
-    def render(self, pose, size):
-        """poses (..., 4) -> pictures (..., size, 2 * size, 3) uint8."""
-        flat = pose.reshape(-1, 4)
-        images = np.empty((len(flat), size, 2 * size, 3), np.uint8)
-
-        def fill(k):  # few pictures at a time, for the cache
-            images[k:k + 16] = self.look(flat[k:k + 16], size)
-
+    def render(self, poses, size):
+        """Poses (n, T, 4) -> frames (n, T, 3, size, 2 * size) uint8."""
         with ThreadPoolExecutor() as pool:             # numpy works outside Python's lock
-            list(pool.map(fill, range(0, len(flat), 16)))
-        return images.reshape(*pose.shape[:-1], size, 2 * size, 3)
+            frames = np.stack(list(pool.map(lambda pose: self.look(pose, size), poses)))
+        return torch.from_numpy(frames).permute(0, 1, 4, 2, 3)
 
     def look(self, pose, size):
-        """Two rays a pixel each way, averaged: smooth edges."""
+        """Poses (n, 4) -> (n, size, 2 * size, 3). Two rays per pixel each way are averaged."""
         maze = pose[:, 0].astype(int)
-        x, y, angle = (pose[:, i, None].astype(np.float32) for i in (1, 2, 3))
+        x, y, turns = (pose[:, i, None].astype(np.float32) for i in (1, 2, 3))
         across = ((np.arange(4 * size, dtype=np.float32) + 0.5) / (2 * size) - 1) * np.float32(VIEW)
-        angle = np.deg2rad(angle * TURN) - across      # (n, columns)
+        angle = np.deg2rad(turns * TURN) - across      # (n, columns)
         dx, dy = np.cos(angle), np.sin(angle)
         depth, through_y, i, j = self.cast(maze, x, y, dx, dy)
         along = np.where(through_y, x + depth * dx, y + depth * dy) % 1
         color = self.color[maze[:, None], i, j] * np.where(through_y, 0.8, 1)[..., None]
-
         up = -across[size:-size, None]                 # (rows, 1): half as far as to the sides
         height = (EYE + up * depth[:, None]) / WALL    # (n, rows, columns), 0 .. 1 on the wall
         wall = (height > 0) & (height < 1)
-        flat = np.where(up < 0, EYE, WALL - EYE) / abs(up)               # to floor or ceiling
-        depth = np.where(wall, depth[:, None], flat.astype(np.float32))
+        depth = np.where(wall, depth[:, None], np.where(up < 0, EYE, WALL - EYE) / abs(up))
         texel = PATTERNS[self.pattern[maze[:, None], i, j][:, None],
                          (height.clip(0, 0.99) * 16).astype(np.int8),
                          (along * 16).astype(np.int8)[:, None]]
-        tone = np.where(wall, texel, 1) * np.exp(depth * np.float32(-0.35))  # far away is dark
-        image = np.where(wall[..., None], color[:, None].astype(np.float32), np.where(
-            up[..., None] < 0, self.floor[maze, None, None], self.ceiling[maze, None, None]))
-        image *= tone[..., None]                       # (n, rows, columns, 3)
-        image = image.reshape(len(pose), size, 2, 2 * size, 2, 3).mean((2, 4))
+        tone = np.where(wall, texel, 1) * np.exp(-0.15 * depth.astype(np.float32))     # far is dark
+        image = np.where(wall[..., None], color[:, None].astype(np.float32),
+                         np.where(up[..., None] < 0, self.floor, self.ceiling))
+        image = (image * tone[..., None]).reshape(len(pose), size, 2, 2 * size, 2, 3).mean((2, 4))
         return (image * 255).round().astype(np.uint8)
 
     def cast(self, maze, x, y, dx, dy):
@@ -165,37 +585,16 @@ class World:
         gap_x, gap_y = (1 / np.maximum(abs(d), 1e-6) for d in (dx, dy))
         next_x = np.where(dx < 0, x - i, i + 1 - x) * gap_x
         next_y = np.where(dy < 0, y - j, j + 1 - y) * gap_y
-        step_x, step_y = np.where(dx < 0, -1, 1), np.where(dy < 0, -1, 1)
         depth, through_y = np.zeros_like(dx), np.zeros(dx.shape, bool)
         flying = np.ones(dx.shape, bool)
         while flying.any():
-            by_x = flying & (next_x < next_y)
-            by_y = flying & ~by_x
+            by_x, by_y = flying & (next_x < next_y), flying & (next_x >= next_y)
             depth = np.where(by_x, next_x, np.where(by_y, next_y, depth))
             through_y = np.where(flying, by_y, through_y)
-            i, j = i + step_x * by_x, j + step_y * by_y
+            i, j = i + np.where(dx < 0, -1, 1) * by_x, j + np.where(dy < 0, -1, 1) * by_y
             next_x, next_y = next_x + gap_x * by_x, next_y + gap_y * by_y
             flying &= ~self.wall[maze[:, None], i, j]
         return depth.astype(np.float32), through_y, i, j
-
-
-def dig(size, rng):
-    """A maze (size, size): True is wall. Every odd cell is reached by a walk that turns back at
-    dead ends; then half of the walls inside go, for loops and small rooms."""
-    wall, path = np.ones((size, size), bool), [(1, 1)]
-    wall[1, 1] = False
-    while path:
-        x, y = path[-1]
-        ways = [(x + dx, y + dy) for dx, dy in ((2, 0), (-2, 0), (0, 2), (0, -2))
-                if 0 < x + dx < size and 0 < y + dy < size and wall[x + dx, y + dy]]
-        if not ways:
-            path.pop()
-            continue
-        to = ways[rng.integers(len(ways))]
-        wall[to] = wall[(x + to[0]) // 2, (y + to[1]) // 2] = False
-        path.append(to)
-    wall[1:-1, 1:-1] &= rng.random((size - 2, size - 2)) > 0.5
-    return wall
 
 
 def palette(hue, saturation):
@@ -204,397 +603,27 @@ def palette(hue, saturation):
     return (1 - saturation * (1 - wave)).astype(np.float32)
 
 
-# Brightness of the walls' textures, (pattern, height, along): checks, a stripe, a picture. Each
-# has edges that run up the wall: from anywhere, a turn and a step can be told from standing.
+# Brightness of the walls' textures, (pattern, height, along): plain, halves, a picture.
 height, along = np.meshgrid(*[(np.arange(16) + 0.5) / 16] * 2, indexing="ij")
-PATTERNS = np.where([(height < 0.5) ^ (along < 0.5), along < 0.5, (abs(height - 0.5) < 0.25) &
-                     (abs(along - 0.5) < 0.3)], 0.6, 1).astype(np.float32)
+PATTERNS = np.where([along < 0, along < 0.5, (abs(height - 0.5) < 0.3) & (abs(along - 0.5) < 0.3)],
+                    0.6, 1).astype(np.float32)
 
 
 def demo_clips(world, count, length, size=24, seed=0):
-    """Random walks: frames (count, length, size, 2 * size, 3) uint8, actions (count, length) int64,
-    poses (count, length, 4). The walker likes to go on with what it does, and mostly turns at
-    walls: what a step into one does has to be seen as well."""
+    """Random walks: frames (count, length, 3, size, 2 * size) uint8, actions (count, length) int64,
+    poses (count, length, 4). Walkers like to go on with what they do, and mostly turn at walls."""
     rng = np.random.default_rng(seed)
-    pose, action = world.start(count, rng), rng.integers(3, size=count)
-    poses, actions = [], []
-    for _ in range(length):
+    pose, action, walk = world.start(count, rng), np.zeros(count, int), []
+    for t in range(length):
         other = rng.choice(3, size=count, p=(0.4, 0.3, 0.3))
-        action = np.where(rng.random(count) < 0.7, action, other)
-        stuck = (world.move(pose, 0 * action) == pose).all(1) & (action == 0)
-        turn = stuck & (rng.random(count) < 0.7)
-        action = np.where(turn, rng.integers(1, 3, size=count), action)
-        poses.append(pose)
-        actions.append(action)
+        action = np.where(rng.random(count) < 0.7 * (t > 0), action, other)
+        stuck = (world.move(pose, 0 * action) == pose).all(1) & (rng.random(count) < 0.7)
+        action = np.where(stuck & (action == 0), rng.integers(1, 3, size=count), action)
+        walk.append((pose, action))
         pose = world.move(pose, action)
-    poses = np.stack(poses, 1)
-    return world.render(poses, size), np.stack(actions, 1), poses
-
-
-# ---------------------------------------------------------------------------------------------
-# Own data
-# ---------------------------------------------------------------------------------------------
-
-
-class Data:
-    """Clips as bytes: train and test (N, T, 3, H, W), actions (N, T-1), the actions' names, and
-    for the demo its world and the poses of the test clips."""
-
-    def __init__(self, train, test, train_actions, test_actions, names, world=None, poses=None):
-        self.train, self.test = (torch.from_numpy(a).permute(0, 1, 4, 2, 3) for a in (train, test))
-        self.train_actions, self.test_actions = (
-            torch.from_numpy(a[:, :train.shape[1] - 1].astype(np.int64))
-            for a in (train_actions, test_actions))
-        self.names, self.world, self.poses = names, world, poses
-
-    def truth(self, actions):
-        """The real frames that the actions (n, T) lead to, after the first GIVEN frames of the
-        first n test clips. None for own clips: they know what was recorded, and no more."""
-        if self.world is None:
-            return None
-        poses = self.world.walk(self.poses[:len(actions), GIVEN - 1], actions.cpu().numpy())
-        frames = self.world.render(poses, self.test.shape[-2])
-        return torch.from_numpy(frames).permute(0, 1, 4, 2, 3)
-
-
-def load_data(args):
-    if args.data is not None:
-        return load_clips(args.data)
-    world, length = World(seed=args.seed), GIVEN + GENERATED
-    n = args.demo_clips
-    frames, actions, poses = demo_clips(world, n + max(10, n // 10), length, seed=args.seed)
-    return Data(frames[:n], frames[n:], actions[:n], actions[n:], ACTIONS, world, poses[n:])
-
-
-def load_clips(path):
-    """--data: see the top of this file. Every tenth clip is held out for testing."""
-    try:
-        file = np.load(path, allow_pickle=False)
-        frames, actions = (file[k] if k in file.files else None for k in ("frames", "actions"))
-    except FileNotFoundError:
-        stop(f"--data {path}: no such file")
-    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as e:
-        stop(f"--data {path}: not a readable .npz file ({' '.join(str(e).split())[:120]})")
-    if frames is None or actions is None:
-        stop(f"--data {path}: needs two arrays, `frames` and `actions`")
-    if frames.ndim != 5 or frames.shape[-1] != 3:
-        stop(f"--data {path}: frames {frames.shape}, must be (N, T, H, W, 3): in colour")
-    if frames.dtype != np.uint8:
-        stop(f"--data {path}: frames are {frames.dtype}, must be uint8 (0 .. 255)")
-    N, T, H, W, _ = frames.shape
-    if T < GIVEN + GENERATED:
-        stop(f"--data {path}: clips of {T} frames; at least {GIVEN} + {GENERATED} are needed")
-    if N < 10:
-        stop(f"--data {path}: {N} clips; at least 10 are needed, every tenth is held out")
-    if H % FACTOR or W % FACTOR or min(H, W) < 4 * FACTOR:
-        stop(f"--data {path}: frames of {H} x {W}; both sides must be multiples of {FACTOR}, the "
-             f"product of the encoder's strides, from {4 * FACTOR} up")
-    if actions.shape not in ((N, T), (N, T - 1)):
-        stop(f"--data {path}: actions are {actions.shape}; {N} clips of {T} frames need ({N}, {T})"
-             f" or ({N}, {T - 1})")
-    if actions.dtype.kind not in "iu" or not 0 <= actions.min() <= actions.max() < 256:
-        stop(f"--data {path}: actions must be integers from 0 to 255, found {actions.dtype} from "
-             f"{actions.min()} to {actions.max()}")
-    test = np.arange(N) % 10 == 9
-    return Data(frames[~test], frames[test], actions[~test], actions[test],
-                [f"action {k}" for k in range(actions.max() + 1)])
-
-
-# ---------------------------------------------------------------------------------------------
-# The experiment
-# ---------------------------------------------------------------------------------------------
-
-
-def make_parser():
-    parser = Parser("video", PRESETS, description=__doc__)
-    flag = parser.add_argument
-    flag("--warmup-steps", type=positive(int), help="steps as a plain autoencoder, before the "
-         "codebook starts at its outputs (the paper has none)")
-    flag("--prior-batch-size", type=positive(int), help="clips a step of the prior")
-    flag("--prior-lr", type=positive(float), help="Adam's learning rate for the prior")
-    flag("--no-actions", action="store_true", help="a prior that is not told the actions (the "
-         "paper: \"similar results, not shown\")")
-    flag("--res-hidden", type=positive(int), help="channels inside a residual block")
-    flag("--prior-layers", type=positive(int), help="layers of its PixelCNN")
-    flag("--temperature", type=positive(float), default=1.0, help="of the roll-outs: below 1 the "
-         "likely codes get likelier (default 1)")
-    flag("--demo-clips", type=positive(int), default=3500, help="training clips of the demo")
-    return parser
-
-
-def main():
-    run = Run(make_parser())
-    args = run.args
-    if args.data is None:
-        run.say(f"rendering {args.demo_clips} clips")
-    data = load_data(args)
-    train, test = data.train.to(run.device), data.test.to(run.device)    # (N, T, 3, H, W)
-    variance = float(to_unit(train[::max(1, len(train) // 100), 0]).var())
-    Quantizer = {"loss": VectorQuantizer, "ema": VectorQuantizerEMA}[args.codebook]
-    model = VQVAE(Quantizer(args.num_codes, args.code_dim, beta=args.beta), Gaussian(variance),
-                  hidden=args.hidden, res_hidden=args.res_hidden).to(run.device)
-    prior = VideoPrior(args.num_codes, 0 if args.no_actions else len(data.names),
-                       args.prior_channels, args.prior_layers, context=GIVEN)
-    prior.to(run.device, memory_format=torch.channels_last)
-    weights = [sum(p.numel() for p in net.parameters()) for net in (model, prior)]
-    run.say("{} clips of {} frames of {}x{}x{} for training, {} for testing; ".format(
-        *train.shape, len(test)) + "weights: VQ-VAE {:,}, prior {:,}".format(*weights))
-
-    # Stage one: the VQ-VAE of single frames. The codebook starts at encoder outputs; those of a
-    # random encoder are no good place, so it learns for a moment without a codebook.
-    frames = train.flatten(0, 1)                       # (N*T, 3, H, W)
-    model.quantizer.requires_grad_(False)
-    run.fit("autoencoder", model, lambda net, index: (net(frames[index], quantize=False).loss, {}),
-            len(frames), args.warmup_steps, args.batch_size, args.lr)
-    model.quantizer.requires_grad_(True)
-    run.fit("vqvae", model, lambda net, index: vqvae_loss(net, frames[index], args),
-            len(frames), args.steps, args.batch_size, args.lr)
-    model.requires_grad_(False)                        # stage one is over
-    # Stage two: the codes of all frames, once, and the prior on them.
-    codes, test_codes = encode_all(model, train), encode_all(model, test)
-    actions = None if args.no_actions else data.train_actions.to(run.device)
-    run.fit("prior", prior, lambda net, index: prior_loss(
-        net, codes[index], None if actions is None else actions[index]),
-        len(codes), args.prior_steps, args.prior_batch_size, args.prior_lr)
-    if run.rank == 0:
-        report(run, model, prior, data, test, test_codes)
-
-
-def vqvae_loss(net, x, args):
-    y = net(x)
-    mse = F.mse_loss(y.out.detach().float(), to_unit(x)) * 255 ** 2
-    return y.loss, {"mse": mse, "codes_used": count_codes(y.codes, args.num_codes)}
-
-
-def prior_loss(net, codes, actions):
-    """Teacher forcing: frame t of each clip is predicted from what was recorded before it. One t
-    and many clips a step tell more than many t of a few clips, whose frames are much the same.
-    One clip in ten is seen without its actions, so that the same prior also knows p(z) without."""
-    t = int(torch.randint(codes.shape[1], ()))
-    first = max(0, t - GIVEN)                          # the prior looks back no further
-    codes = codes[:, first:t + 1]
-    if actions is not None:
-        actions = actions[:, first:t]
-        unknown = torch.rand(len(actions), 1, device=actions.device) < 0.1
-        actions = actions.masked_fill(unknown, -1)
-    loss = F.cross_entropy(net(codes, actions, last=1), codes[:, -1:])         # nats a code
-    return loss, {"bits_per_code": loss.detach() / math.log(2)}
-
-
-@torch.no_grad()
-def encode_all(model, clips, batch=128):
-    """Codes (N, T, h, w) of all clips (N, T, 3, H, W), the last, smaller batch included."""
-    return torch.cat([model.encode(x) for x in clips.flatten(0, 1).split(batch)]
-                     ).unflatten(0, clips.shape[:2])
-
-
-@torch.no_grad()
-def decode_all(model, codes, batch=128):
-    """The way back, when all codes are there: (N, T, h, w) -> (N, T, 3, H, W) uint8."""
-    return torch.cat([model.decode(z) for z in codes.flatten(0, 1).split(batch)]
-                     ).unflatten(0, codes.shape[:2])
-
-
-@torch.no_grad()
-def measure(model, prior, data, test, codes, args):
-    """What can be measured without rolling out: reconstructions, codes, the prior's bits."""
-    error = sum((decode_all(model, z).float() - x).square().sum().item()
-                for x, z in zip(test.split(8), codes.split(8))) / test.numel()
-    counts = count_codes(codes, args.num_codes)
-    metrics = {"psnr": 10 * math.log10(255 ** 2 / max(error, 1e-2)),
-               "codes_used": int((counts > 0).sum()), "num_codes": args.num_codes,
-               "perplexity": perplexity(counts).item(),
-               "compression": test[0, 0].numel() * 8 / (codes[0, 0].numel() *
-                                                        math.log2(args.num_codes))}
-    if args.no_actions:
-        return {**metrics, "bits_per_code": bits_per_code(prior, codes, None)}
-    actions = data.test_actions.to(codes.device)       # shuffled: those of the clip before
-    return {**metrics, "bits_per_code": bits_per_code(prior, codes, actions),
-            "bits_per_code_shuffled_actions": bits_per_code(prior, codes, actions.roll(1, 0)),
-            "bits_per_code_without_actions": bits_per_code(prior, codes, None)}
-
-
-@torch.no_grad()
-def bits_per_code(prior, codes, actions, batch=4):
-    """-log2 p(z_t | z_<t, a_<t) / number of codes, for the frames after the first GIVEN."""
-    bits = 0
-    for i in range(0, len(codes), batch):
-        z = codes[i:i + batch]
-        logits = prior(z, None if actions is None else actions[i:i + batch])
-        bits += F.cross_entropy(logits[:, :, GIVEN:], z[:, GIVEN:], reduction="sum").item()
-    return bits / codes[:, GIVEN:].numel() / math.log(2)
-
-
-def psnr(a, b):
-    """Clips (N, T, 3, H, W) -> 10 log10(255^2 / mean squared error) in dB, a list over T."""
-    error = (a.float() - b.float()).square().mean((0, 2, 3, 4))
-    return (10 * torch.log10(255 ** 2 / error.clamp(min=1e-2))).tolist()
-
-
-def edges(frames):
-    """Gradient energy of frames (N, T, 3, H, W) by step: (T,). Blur lowers it."""
-    x = frames.float()
-    return x.diff(dim=-1).abs().mean((0, 2, 3, 4)) + x.diff(dim=-2).abs().mean((0, 2, 3, 4))
-
-
-def roll_out(model, prior, codes, actions, frames, args, seed, batch=50):
-    """Codes (N, T, h, w), actions (N, T + frames - 1) -> `frames` more frames of each clip,
-    (N, frames, 3, H, W). All codes come first; the pictures are decoded after that."""
-    generator = torch.Generator(codes.device).manual_seed(seed)
-    imagined = [prior.sample(codes[i:i + batch], None if args.no_actions else actions[i:i + batch],
-                             frames, args.temperature, generator)
-                for i in range(0, len(codes), batch)]
-    return decode_all(model, torch.cat(imagined))
-
-
-def compare(frames, truth, reconstruction, last):
-    """Imagined frames (N, GENERATED, 3, H, W) against what really happened, step by step."""
-    # A walker that stands at a wall makes copying unbeatable: moving clips only, those in which
-    # at every step the picture is another than the last given one.
-    error = (truth.float() - last.float()).square().mean((2, 3, 4))
-    moving = (error > 255 ** 2 / 10 ** 3).all(1)       # below 30 dB
-    moving = moving | ~moving.any()                    # all of them, if none is
-    ratio = edges(frames) / edges(reconstruction)
-    return {"moving_clips": moving.float().mean().item(),
-            "psnr_generated": psnr(frames[moving], truth[moving]),
-            "psnr_copy_last": psnr(last[moving], truth[moving]),
-            "psnr_reconstruction": psnr(reconstruction[moving], truth[moving]),
-            "sharpness": ratio.tolist(), "sharpness_last_to_first": (ratio[-1] / ratio[0]).item()}
-
-
-def action_accuracy(imagined, truths):
-    """imagined, truths: an (N, GENERATED, 3, H, W) for each action -> the share of roll-outs that
-    are nearer to the true frames of their own action than to those of another one."""
-    right = total = 0
-    for k, frames in enumerate(imagined):
-        error = torch.stack([(frames.float() - t.float()).square().mean((1, 2, 3, 4))
-                             for t in truths])         # (actions, N)
-        other = torch.cat([error[:k], error[k + 1:]]).amin(0)
-        right, total = right + (error[k] < other).sum().item(), total + len(frames)
-    return right / total
-
-
-@torch.no_grad()
-def speed(prior, codes, actions):
-    """Frames a second, batch 1, of the cached sampler and of the plain one."""
-    codes, rates = codes[:1, :GIVEN], {}
-    actions = actions if actions is None else actions[:1, :GIVEN]
-    for name, sampler in (("cached", prior.sample), ("naive", prior.sample_naive)):
-        begun = time.perf_counter()
-        sampler(codes, actions, 1).sum().item()        # .item() waits for a GPU
-        rates[f"frames_per_second_{name}"] = 1 / (time.perf_counter() - begun)
-    return rates
-
-
-def pieces(x, most=100):
-    """Clips (N, T, ...), cut to the length of a roll-out: (n, GIVEN + GENERATED, ...)."""
-    length = GIVEN + GENERATED
-    return x[:, :x.shape[1] // length * length].unflatten(1, (-1, length)).flatten(0, 1)[:most]
-
-
-def report(run, model, prior, data, test, codes):
-    """Measurements, roll-outs, pictures and metrics.json."""
-    args, device = run.args, run.device
-    metrics = measure(model, prior, data, test, codes, args)
-    test, codes = pieces(test), pieces(codes)
-    actions = pieces(F.pad(data.test_actions, (0, 1)))[:, :-1].to(device)
-    given = codes[:, :GIVEN]
-    run.say(f"imagining {GENERATED} frames of {len(test)} clips")
-    recorded = roll_out(model, prior, given, actions, GENERATED, args, args.seed)
-    decoded = decode_all(model, codes)
-    metrics |= compare(recorded, test[:, GIVEN:], decoded[:, GIVEN:], test[:, GIVEN - 1:GIVEN])
-    # Rows of the picture: what is given and imagined, and below it what really happens.
-    rows = [("recorded actions", recorded, test[:, GIVEN:])]
-    if not args.no_actions:
-        imagined, truths = [], []
-        for k in range(min(4, len(data.names))):
-            constant = actions.clone()
-            constant[:, GIVEN - 1:] = k                # those between given frames stay
-            imagined.append(roll_out(model, prior, given, constant, GENERATED, args, args.seed))
-            truths.append(data.truth(constant[:, GIVEN - 1:]))
-        if data.world:
-            metrics["action_accuracy"] = action_accuracy(imagined, [t.to(device) for t in truths])
-        rows += [(f"all {name}", *pair) for name, *pair in zip(data.names, imagined, truths)]
-    metrics |= speed(prior, codes, None if args.no_actions else actions)
-    metrics |= long_roll_out(run, model, prior, data, given, actions)
-    metrics["seconds"] = round(run.seconds, 1)
-    run.write("metrics.json", json.dumps(metrics, indent=1))
-    run.write_curves()
-    fig7(run.out / "rollout.png", test[:, :GIVEN], rows)
-    animate(run.out / "rollout.gif", test[:, :GIVEN], rows)
-    picture(run.out / "reconstructions.png", torch.stack([test[:8, -1], decoded[:8, -1]]),
-            f"test frames; below, from {metrics['compression']:.1f} times fewer bits")
-    for name, value in metrics.items():
-        value = value if isinstance(value, list) else [value]
-        run.say(f"{name:32} {' '.join(f'{v:.4g}' for v in value)}")
-    run.say(f"pictures and numbers are in {run.out}")
-
-
-def long_roll_out(run, model, prior, data, given, actions, clips=4, frames=100, every=5):
-    """rollout_long.png: 100 frames imagined from GIVEN real ones, for the recorded actions of
-    clip after clip. Returns the sharpness of the last ten against that of the first ten."""
-    clips = min(clips, len(given))
-    later = actions.flatten().repeat(clips * frames)[:clips * frames].view(clips, frames)
-    plan = torch.cat([actions[:clips, :GIVEN - 1], later], 1)
-    imagined = roll_out(model, prior, given[:clips], plan, frames, run.args, run.args.seed)
-    truth = None if run.args.no_actions else data.truth(later.cpu())
-    rows = [x[n, every - 1::every].cpu() for n in range(clips) for x in (imagined, truth)
-            if x is not None]
-    picture(run.out / "rollout_long.png", torch.stack(rows), f"{frames} frames imagined from "
-            f"{GIVEN} given ones, every {every}th shown" + ("; below each row the truth" if
-            truth is not None else ""), range(every, frames + 1, every))
-    by_step = edges(imagined)
-    return {"sharpness_long": (by_step[-10:].mean() / by_step[:10].mean()).item()}
-
-
-def fig7(path, given, rows):
-    """As the paper's fig. 7: frames given, then imagined; the truth in the row below."""
-    sheet, labels = [], []
-    for n in range(min(2, len(given))):
-        for name, imagined, truth in rows:
-            for label, film in ((f"{name}\nimagined", imagined), ("truth", truth)):
-                if film is not None:
-                    sheet.append(torch.cat([given[n].cpu(), film[n].cpu()]))
-                    labels.append(label)
-    steps = [f"given {t + 1}" for t in range(GIVEN)] + [f"+{t + 1}" for t in range(GENERATED)]
-    picture(path, torch.stack(sheet), f"{GIVEN} frames are given, {GENERATED} imagined: all codes "
-            "first, pictures after that", steps, labels)
-
-
-def animate(path, given, rows, clips=4, scale=2):
-    """rollout.gif: four clips side by side, the imagined frames above the true ones, a pair of
-    rows for each sequence of actions. White edges while the frames are given ones."""
-    from PIL import Image
-    clips, pictures = min(clips, len(given)), []
-    for t in range(GIVEN + GENERATED):
-        sheet = []
-        for film in (film for _, *pair in rows for film in pair if film is not None):
-            x = given[:clips, t] if t < GIVEN else film[:clips, t - GIVEN]
-            x = F.pad(x.cpu(), (2, 2, 2, 2), value=255 if t < GIVEN else 0)
-            sheet.append(x.permute(2, 0, 3, 1).flatten(1, 2))            # (H, clips * W, 3)
-        sheet = torch.cat(sheet).numpy().repeat(scale, 0).repeat(scale, 1)
-        pictures.append(Image.fromarray(sheet))
-    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=250, loop=0)
-
-
-def picture(path, images, title, columns=(), labels=()):
-    """Save a grid of images (rows, columns, 3, H, W) uint8, with the names of columns and rows."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    rows, _, _, height, width = images.shape
-    sheet = F.pad(images.permute(0, 3, 1, 4, 2), (0, 0, 1, 1, 0, 0, 1, 1), value=255)
-    sheet = sheet.flatten(2, 3).flatten(0, 1)          # (rows * (H + 2), columns * (W + 2), 3)
-    figure = plt.figure(figsize=(14, 14 * sheet.shape[0] / sheet.shape[1] + 0.6),
-                        layout="constrained")
-    axis = figure.add_subplot(title=title)
-    axis.imshow(sheet.cpu().numpy())
-    axis.set_xticks([(k + 0.5) * (width + 2) for k in range(len(columns))], columns, fontsize=8)
-    axis.set_yticks([(k + 0.5) * (height + 2) for k in range(len(labels))], labels, fontsize=8)
-    axis.tick_params(length=0)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    poses, actions = (np.stack(x, 1) for x in zip(*walk))
+    return world.render(poses, size), actions, poses
 
 
 if __name__ == "__main__":
-    main()
+    launch(make_parser(), load_data, main, use)

@@ -1,24 +1,32 @@
 """train_image.py: its data, its numbers, and the whole run from nothing to samples."""
 
+import io
 import json
 import math
+import os
 import shutil
 import sys
+import tracemalloc
+import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import TensorDataset
 
 import train_image
+import vqvae
 from prior import PixelCNN
 from conftest import ROOT
 from test_run import Trap, python, same, stopped
-from train_image import bits_per_code, demo_images, encode_all, measure
-from vqvae import VQVAE, Gaussian, VectorQuantizer
+from train_image import (Data, Images, bits_per_code, code_usage, demo_images, encode_all,
+                         measure)
+from vqvae import VQVAE, Gaussian, VectorQuantizer, launch
 
-TINY = ("--warmup-steps 1 --steps 4 --prior-steps 3 --hidden 8 --res-hidden 8 --prior-channels 8 "
-        "--num-codes 16 --code-dim 8 --batch-size 8 --classifier-steps 20 --demo-images 60 "
+TINY = ("--steps 4 --prior-steps 3 --hidden 8 --res-hidden 8 --prior-channels 8 "
+        "--num-codes 16 --code-dim 8 --batch-size 8 --demo-images 60 "
         "--device cpu").split()
 
 
@@ -32,19 +40,41 @@ def write_images(folder, images, ending="png"):
         Image.fromarray(image).save(folder / f"{i:03}.{ending}")
 
 
-def load(path, *flags):
+def load(path, *flags, folder=None):
+    """What the script makes of --data: a Data, as in a run whose --out lies beside the data."""
     args = train_image.make_parser().parse_args(["--data", str(path), *flags])
-    return train_image.load_data(args)
+    args.batch_size = 4
+    home = (folder or path.parent) / "runs" / "out"
+    run = SimpleNamespace(args=args, home=home, local_rank=0, say=lambda text: None)
+    return train_image.load_data(run)
+
+
+def pixels(part):
+    """All images of a part of the data, (N, H, W, C)."""
+    return part[torch.arange(len(part))][0].permute(0, 2, 3, 1).numpy()
+
+
+def labels(part):
+    return part.labels[0].tolist()
+
+
+def start(patch, *flags):
+    """The script, called in this process."""
+    made, make = [], vqvae.Run
+    patch.setattr(vqvae, "Run", lambda parser: made.append(make(parser)) or made[-1])
+    patch.setattr(sys, "argv", ["train_image.py", *map(str, flags)])
+    try:
+        launch(train_image.make_parser(), train_image.load_data, train_image.main, train_image.use)
+    finally:
+        patch.setattr(vqvae, "Run", make)
+        for run in made:                               # as when the process ends
+            if getattr(run, "lock", None):
+                os.close(run.lock)
 
 
 @pytest.fixture
 def main(monkeypatch, tmp_path):
-    """The script, called in this process: main("--flag", value, ...)."""
-    def call(*flags):
-        monkeypatch.setattr(sys, "argv", ["train_image.py", "--out", str(tmp_path / "out"), *TINY,
-                                          *map(str, flags)])
-        train_image.main()
-    return call
+    return lambda *flags: start(monkeypatch, "--out", tmp_path / "out", *TINY, *flags)
 
 
 # -- demo data ----------------------------------------------------------------------------------
@@ -78,40 +108,44 @@ def test_demo_label_decides_what_stands_in_the_room():
 # -- own data -----------------------------------------------------------------------------------
 
 
-def test_npy_bytes_arrive_as_they_are_and_every_tenth_is_held_out(tmp_path):
+def test_npy_bytes_arrive_as_they_are_in_three_parts(tmp_path):
     images = noise(25, 8, 12, 3)
     np.save(tmp_path / "a.npy", images)
     data = load(tmp_path / "a.npy")
-    held = np.arange(25) % 10 == 9
-    assert np.array_equal(data.train, images[~held]) and np.array_equal(data.test, images[held])
-    assert data.train_labels is None and data.classes == []
+    test, valid = np.isin(np.arange(25), [9, 19]), np.isin(np.arange(25), [5, 16])
+    assert np.array_equal(pixels(data.test), images[test]), "every tenth image is for testing"
+    assert np.array_equal(pixels(data.valid), images[valid]), "every tenth of the rest, validation"
+    assert np.array_equal(pixels(data.train), images[~test & ~valid])
+    assert data.train.labels == () and data.classes == []
 
 
 def test_npz_labels_and_split_are_used(tmp_path):
-    images, labels = noise(12, 8, 8, 3), np.arange(12) % 3
-    split = np.where(np.arange(12) < 5, "test", "train")
-    np.savez(tmp_path / "a.npz", images=images, labels=labels, split=split)
+    images, each = noise(12, 8, 8, 3), np.arange(12) % 3
+    split = np.array(["test"] * 5 + ["valid"] * 2 + ["train"] * 5)
+    np.savez(tmp_path / "a.npz", images=images, labels=each, split=split)
     data = load(tmp_path / "a.npz")
-    assert np.array_equal(data.test, images[:5]) and np.array_equal(data.train, images[5:])
-    assert np.array_equal(data.test_labels, labels[:5])
-    assert np.array_equal(data.train_labels, labels[5:]) and len(data.classes) == 3
+    for part, rows in ((data.test, slice(5)), (data.valid, slice(5, 7)), (data.train, slice(7, 12))):
+        assert np.array_equal(pixels(part), images[rows]) and labels(part) == each[rows].tolist()
+    assert data.classes == ["0", "1", "2"]
 
 
 def test_clips_are_held_out_whole(tmp_path):
-    clips, labels = noise(20, 3, 8, 8, 3), np.arange(20)
-    np.savez(tmp_path / "a.npz", clips=clips, labels=labels)
+    clips = noise(20, 3, 8, 8, 3)
+    np.savez(tmp_path / "a.npz", clips=clips, labels=np.arange(20))
     data = load(tmp_path / "a.npz")
-    assert np.array_equal(data.test, clips[9::10].reshape(-1, 8, 8, 3)), (
+    assert np.array_equal(pixels(data.test), clips[9::10].reshape(-1, 8, 8, 3)), (
         "frames of one clip look alike: none may be in both training and test data")
-    assert data.test_labels.tolist() == [9] * 3 + [19] * 3 and len(data.train) == 54
+    assert labels(data.test) == [9] * 3 + [19] * 3 and labels(data.valid) == [5] * 3 + [16] * 3
+    assert len(data.train) == 48, "nor in both training and validation"
 
 
 def test_folder_of_images(tmp_path):
     images = noise(10, 8, 8, 3)
     write_images(tmp_path / "d", images)
     data = load(tmp_path / "d")
-    assert np.array_equal(data.train, images[:9]) and np.array_equal(data.test, images[9:])
-    assert data.train_labels is None
+    assert np.array_equal(pixels(data.test), images[9:])
+    assert np.array_equal(pixels(data.train), np.delete(images, (4, 9), 0))
+    assert data.train.labels == ()
 
 
 def test_subfolders_are_classes(tmp_path):
@@ -119,18 +153,117 @@ def test_subfolders_are_classes(tmp_path):
     write_images(tmp_path / "d" / "dog", dogs), write_images(tmp_path / "d" / "cat", cats)
     data = load(tmp_path / "d")
     assert data.classes == ["cat", "dog"]
-    assert np.array_equal(data.train, np.concatenate([cats[:9], dogs[:9]]))
-    assert data.train_labels.tolist() == [0] * 9 + [1] * 9 and data.test_labels.tolist() == [0, 1]
+    assert np.array_equal(pixels(data.test), np.stack([cats[9], dogs[9]]))
+    train = [i for i in range(20) if i % 10 != 9 and i not in (5, 16)]
+    assert np.array_equal(pixels(data.train), np.concatenate([cats, dogs])[train])
+    assert labels(data.train) == [0] * 8 + [1] * 8 and labels(data.test) == [0, 1]
 
 
-def test_train_and_test_folders_are_the_split(tmp_path):
-    for part, n in (("train", 4), ("test", 2)):
-        for k, name in enumerate(("cat", "dog")):
-            write_images(tmp_path / "d" / part / name, noise(n + k, 8, 8, 3))
+@pytest.mark.parametrize("name", ["val", "valid", "Validation"])
+def test_folders_train_val_and_test_are_the_split(tmp_path, name):
+    for part, n in (("train", 4), (name, 3), ("test", 2)):
+        for k, kind in enumerate(("cat", "dog")):
+            write_images(tmp_path / "d" / part / kind, noise(n + k, 8, 8, 3))
     data = load(tmp_path / "d")
-    assert data.classes == ["cat", "dog"]
-    assert data.train_labels.tolist() == [0] * 4 + [1] * 5
-    assert data.test_labels.tolist() == [0] * 2 + [1] * 3 and len(data.test) == 5
+    assert data.classes == ["cat", "dog"], "train/ and val/ are parts, not two classes"
+    for part, n in ((data.train, 4), (data.valid, 3), (data.test, 2)):
+        assert labels(part) == [0] * n + [1] * (n + 1)
+
+
+def test_validation_is_cut_from_training_where_there_is_none(tmp_path):
+    for part, n in (("train", 20), ("test", 3)):
+        write_images(tmp_path / "d" / part / "cat", noise(n, 8, 8, 3))
+    data = load(tmp_path / "d")
+    assert (len(data.train), len(data.valid), len(data.test)) == (18, 2, 3)
+    together = np.concatenate([pixels(data.train), pixels(data.valid)])
+    assert len(np.unique(together, axis=0)) == 20, "no image is in both"
+
+
+def test_frames_in_a_folder_below_the_class_stay_together(tmp_path):
+    for clip in range(12):
+        write_images(tmp_path / "d" / "cat" / f"clip{clip:02}", noise(3, 8, 8, 3) // 16 + clip * 20)
+    data = load(tmp_path / "d")
+    clips = [set((pixels(part).mean((1, 2, 3)) // 20).astype(int).tolist())
+             for part in (data.train, data.valid, data.test)]
+    assert sum(map(len, clips)) == 12 and len(set.union(*clips)) == 12, (
+        f"clips {clips} of training, validation and test overlap: their frames are nearly equal")
+
+
+def test_links_to_class_folders_are_followed_and_hidden_files_are_not_images(tmp_path):
+    write_images(tmp_path / "d" / "cat", noise(10, 8, 8, 3))
+    write_images(tmp_path / "elsewhere", noise(10, 8, 8, 3))
+    (tmp_path / "d" / "dog").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "d" / "cat" / "loop").symlink_to(tmp_path / "d")       # and this one never ends
+    (tmp_path / "d" / "cat" / "._000.png").write_bytes(b"resource fork")
+    (tmp_path / "d" / ".thumbnails").mkdir()
+    data = load(tmp_path / "d")
+    assert data.classes == ["cat", "dog"] and sum(data.facts["images"]) == 20
+
+
+def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
+    write_images(tmp_path / "d" / "cat", noise(10, 8, 8, 3))
+    (tmp_path / "d" / "dog").mkdir()
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("dog"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match="dog"):
+        load(tmp_path / "d")
+
+
+def test_folders_are_decoded_once_and_changes_are_noticed(tmp_path, monkeypatch):
+    write_images(tmp_path / "d", noise(12, 8, 8, 3))
+    first, decoded, read = load(tmp_path / "d"), [], train_image.read_image
+    monkeypatch.setattr(train_image, "read_image", lambda file, *rest: (
+        decoded.append(file), read(file, *rest))[1])
+    monkeypatch.setattr(torch.utils.data, "DataLoader", lambda items, **kwargs: (
+        torch.from_numpy(items[i]) for i in range(len(items))))        # here, where it can be seen
+    again = load(tmp_path / "d")
+    assert np.array_equal(pixels(again.train), pixels(first.train))
+    assert len(decoded) == 1, "the second start decodes one image, for its size, and no more"
+    write_images(tmp_path / "d", 255 - noise(1, 8, 8, 3))
+    changed = load(tmp_path / "d")
+    assert np.array_equal(pixels(changed.train)[0], 255 - pixels(first.train)[0])
+
+
+LAYOUTS = {
+    "(N, H, W)": lambda x: x[..., 0],
+    "(N, H, W, 1)": lambda x: x[..., :1],
+    "(N, 1, H, W)": lambda x: x[..., :1].transpose(0, 3, 1, 2),
+    "(N, 3, H, W)": lambda x: x.transpose(0, 3, 1, 2),
+    "(N, T, H, W, 1)": lambda x: x[..., :1].reshape(10, 2, 8, 12, 1),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_greyscale_and_channels_first_arrays(tmp_path, layout):
+    images = noise(20, 8, 12, 3)
+    np.save(tmp_path / "a.npy", LAYOUTS[layout](images))
+    expected = images if "3" in layout else images[..., :1]
+    assert np.array_equal(pixels(load(tmp_path / "a.npy").train)[:4], expected[:4])
+
+
+def test_a_label_of_a_billion_is_one_class(tmp_path):
+    np.savez(tmp_path / "a.npz", images=noise(20, 8, 8, 3), labels=np.arange(20) % 2 * 10 ** 9)
+    data = load(tmp_path / "a.npz")
+    assert data.classes == ["0", "1000000000"] and set(labels(data.train)) == {0, 1}
+
+
+def test_a_large_npy_is_mapped_and_not_read(tmp_path):
+    file = np.lib.format.open_memmap(tmp_path / "a.npy", "w+", np.uint8, (4000, 64, 64, 3))
+    file[::7] = 9
+    del file
+    tracemalloc.start()
+    data = load(tmp_path / "a.npy")
+    some = data.train[torch.arange(32)]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert some[0].shape == (32, 3, 64, 64) and peak < 30e6, (
+        f"{peak / 1e6:.0f} MB of Python's memory for a file of 49 MB")
 
 
 def test_size_cuts_the_middle_square_and_scales_it(tmp_path):
@@ -140,8 +273,8 @@ def test_size_cuts_the_middle_square_and_scales_it(tmp_path):
         wide = np.concatenate([red, green, blue], i % 2)               # beside or below each other
         Image.fromarray(wide).save(tmp_path / "d" / f"{i}.png")
     data = load(tmp_path / "d", "--size", "4")
-    assert data.train.shape == (9, 4, 4, 3)
-    r, g, b = data.train.unbind(-1)
+    assert pixels(data.train).shape == (8, 4, 4, 3)
+    r, g, b = np.moveaxis(pixels(data.train), -1, 0)
     assert g.min() > 180 and r.max() < 20 and b.max() < 20, "the middle of each image is green"
 
 
@@ -152,7 +285,24 @@ def test_every_kind_of_image_becomes_rgb(tmp_path, mode):
         image = Image.new("RGB", (8, 8), (90, 90, 90))
         image = image.quantize() if mode == "P" else image.convert(mode)
         image.save(tmp_path / "d" / f"{i}.png")
-    assert (load(tmp_path / "d").train == 90).all()
+    assert (pixels(load(tmp_path / "d").train) == 90).all()
+
+
+@pytest.mark.parametrize("kind", [np.uint16, np.int32, np.float32])
+def test_more_than_8_bits_a_pixel_are_refused_and_not_cut_off(tmp_path, kind):
+    Image.fromarray(np.linspace(0, 1, 64).reshape(8, 8).astype(kind)).save(tmp_path / "a.tif")
+    with pytest.raises(ValueError, match="a.tif.*8 bits"):
+        train_image.read_image(tmp_path / "a.tif")
+
+
+def test_jpegs_scaled_while_decoding_look_like_those_scaled_after(tmp_path):
+    x, y = np.meshgrid(np.linspace(0, 3, 200), np.linspace(0, 2, 160))
+    image = np.stack([np.sin(x + k) * np.cos(y * k) for k in range(3)], -1) * 120 + 128
+    Image.fromarray(image.astype(np.uint8)).save(tmp_path / "a.jpg", quality=95)
+    fast = train_image.read_image(tmp_path / "a.jpg", (16, 16)).astype(int)
+    Image.fromarray(image.astype(np.uint8)).save(tmp_path / "a.png")
+    plain = train_image.read_image(tmp_path / "a.png", (16, 16)).astype(int)
+    assert np.abs(fast - plain).max() < 12, "the same middle square, at the same scale"
 
 
 # -- bad data -----------------------------------------------------------------------------------
@@ -200,12 +350,38 @@ def new_class_in_test(folder):
     write_images(folder / "test" / "dog", noise(4, 8, 8, 3))
 
 
+def members(**files):
+    """An .npz whose members are these bytes."""
+    def write(folder):
+        with zipfile.ZipFile(folder / "a.npz", "w") as archive:
+            for name, content in files.items():
+                archive.writestr(name.replace("_npy", ".npy"), content)
+        return folder / "a.npz"
+    return write
+
+
+def header(shape):
+    """The first bytes of a .npy that claims this shape, and 10 bytes of data."""
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False,
+                                                "shape": shape})
+    return file.getvalue() + bytes(10)
+
+
+def renamed(write, name):
+    return lambda folder: write(folder).rename(folder / name)
+
+
+def floats(folder):
+    Image.fromarray(np.ones((8, 8), np.float32)).save(folder / "x.tif")
+
+
 FINE = noise(20, 8, 8, 3)
 BAD = {
-    "nothing there": (lambda folder: folder / "d", ["--data", "d"]),
+    "nothing there": (lambda folder: folder / "d", ["/d:", "No such file"]),
     "empty folder": (pictures(count=0), ["d", "no images"]),
-    "mixed sizes": (pictures(lambda d: write_images(d / "x", noise(1, 8, 12, 3))),
-                    ["8 x 12", "8 x 8", "--size"]),
+    "mixed sizes": (pictures(lambda d: Image.fromarray(noise(8, 12, 3)).save(d / "x.png")),
+                    ["x.png", "8 x 12", "8 x 8", "--size"]),
     "not an image": (pictures(lambda d: (d / "004.png").write_text("hello")), ["004.png"]),
     "torn image": (pictures(lambda d: halve(d / "007.png")), ["007.png"]),
     "sides not divisible": (pictures(size=10), ["10 x 10", "4"]),
@@ -213,20 +389,38 @@ BAD = {
     "unequal parts": (pictures(unequal_parts, 0), ["8 x 8", "12 x 12"]),
     "new class in test": (pictures(new_class_in_test, 0), ["dog", "000.png", "cat"]),
     "too few": (pictures(count=5), ["5 images"]),
-    "floats": (array("a.npy", images=FINE / 255), ["a.npy", "float64", "uint8"]),
-    "one channel": (array("a.npy", images=FINE[..., :1]), ["a.npy", "(20, 8, 8, 1)"]),
-    "no channels": (array("a.npy", images=FINE[..., 0]), ["a.npy", "(20, 8, 8)"]),
-    "channels first": (array("a.npy", images=FINE.transpose(0, 3, 1, 2)), ["(20, 3, 8, 8)"]),
+    "floats": (array("a.npy", images=FINE / 255), ["a.npy", "float64", "(images * 255).round()"]),
+    "two channels": (array("a.npy", images=FINE[..., :2]), ["a.npy", "(20, 8, 8, 2)"]),
+    "no rows": (array("a.npy", images=np.zeros((20, 0, 8, 3), np.uint8)), ["(20, 0, 8, 3)"]),
+    "four by four hundred": (array("a.npy", images=FINE.reshape(1, 20, 192, 1)), ["1 images"]),
     "array too small": (array("a.npy", images=FINE[:3]), ["a.npy", "3 images"]),
     "no images": (array("a.npz", images=FINE[:0], labels=np.zeros(0, int)), ["(0, 8, 8, 3)"]),
     "objects": (array("a.npy", images=np.array([{}, None])), ["a.npy"]),
     "two arrays": (array("a.npz", a=FINE, b=FINE), ["a.npz", "a uint8", "b uint8"]),
+    "no array": (members(readme=b"hello", more=b""), ["a.npz", "found none"]),
+    "zip of photos": (renamed(members(x=b"hello"), "photos.zip"), ["photos.zip", "found none"]),
+    "huge header": (file("a.npy", header((10 ** 12, 8, 8, 3))), ["a.npy"]),
+    "huge header in a zip": (members(images_npy=header((10 ** 12, 8, 8, 3))), ["a.npz"]),
+    "cut in a zip": (members(images_npy=header((20, 8, 8, 3))), ["a.npz"]),
+    "header of nonsense": (file("a.npy", header((8,)).replace(b"'shape'", b"'sh(pe'")), ["a.npy"]),
+    "an image": (file("a.png", b"\x89PNG"), ["a.png"]),
+    "float TIFF": (pictures(floats), ["x.tif", "8 bits"]),
+    "beside the parts": (pictures(lambda d: (write_images(d / "train", noise(4, 8, 8, 3)),
+                                             write_images(d / "extra", noise(4, 8, 8, 3))), 0),
+                         ["extra", "000.png", "train"]),
+    "split of bytes": (array("a.npz", images=FINE, split=np.array([b"\xe9"] * 20)), ["split"]),
+    "split of numbers": (array("a.npz", images=FINE, split=np.arange(20)), ["split", "train"]),
+    "no path": (lambda folder: "", ["--data"]),
+    "a newline in a name": (lambda folder: "d\ne", ["d e: "]),
+    "a name of 5,000 letters": (lambda folder: "d" * 5000, ["ddd"]),
     "short labels": (array("a.npz", images=FINE, labels=np.arange(4)), ["labels", "(4,)", "(20,)"]),
-    "negative labels": (array("a.npz", images=FINE, labels=np.arange(20) - 1), ["labels"]),
+    "labels in rows": (array("a.npz", images=FINE, labels=np.zeros((20, 2), int)), ["(20, 2)"]),
     "fractional labels": (array("a.npz", images=FINE, labels=np.ones(20)), ["labels", "integers"]),
     "short split": (array("a.npz", images=FINE, split=np.array(["test"])), ["split", "(20,)"]),
     "split without training": (array("a.npz", images=FINE, split=np.array(["test"] * 20)),
                                ["20 held out"]),
+    "unknown word in split": (array("a.npz", images=FINE, split=np.array(["exam"] * 20)),
+                              ["a.npz", "split", "exam"]),
     "text": (file("a.npy", b"hello"), ["a.npy"]),
     "torn zip": (file("a.npz", b"PK\x03\x04 and then nothing"), ["a.npz"]),
 }
@@ -254,7 +448,16 @@ def test_an_array_that_would_run_code_is_refused(main, capsys, tmp_path):
 def test_fewer_images_than_a_batch(main, capsys, tmp_path):
     np.save(tmp_path / "a.npy", noise(20, 8, 8, 3))
     line = stopped(capsys, main, "--data", tmp_path / "a.npy", "--batch-size", "19")
-    assert "18 training examples" in line and "batch of 19" in line and "--batch-size" in line
+    assert "16 training examples" in line and "batch of 19" in line and "--batch-size" in line
+    line = stopped(capsys, main, "--data", tmp_path / "a.npy", "--prior-batch-size", "19")
+    assert "batch of 19" in line and "--prior-batch-size" in line
+    assert not (tmp_path / "out").exists(), "before the first stage is trained"
+
+
+def test_size_for_an_array_is_refused_unless_it_has_it(main, capsys, tmp_path):
+    np.save(tmp_path / "a.npy", noise(20, 8, 8, 3))
+    assert "8 x 8" in stopped(capsys, main, "--data", tmp_path / "a.npy", "--size", "16")
+    assert load(tmp_path / "a.npy", "--size", "8").facts["size"] == [8, 8, 3]
 
 
 def test_size_of_the_demo_that_the_strides_do_not_divide(main, capsys):
@@ -262,8 +465,9 @@ def test_size_of_the_demo_that_the_strides_do_not_divide(main, capsys):
     assert "18 x 18" in line and "4" in line
 
 
-@pytest.mark.parametrize("flags", [["--num-codes", "1"], ["--num-codes", "0"], ["--beta", "-1"],
-                                   ["--codebook", "k-means"], ["--code-dim", "0"], ["--size", "0"]])
+@pytest.mark.parametrize("flags", [["--num-codes", "0"], ["--beta", "-1"],
+                                   ["--codebook", "k-means"], ["--code-dim", "0"], ["--size", "0"],
+                                   ["--sampl", "6"], ["--temperature", "0"]])
 def test_bad_flag_of_this_script_is_named(main, capsys, flags):
     assert flags[0] in stopped(capsys, main, *flags)
 
@@ -271,8 +475,9 @@ def test_bad_flag_of_this_script_is_named(main, capsys, flags):
 # -- the numbers --------------------------------------------------------------------------------
 
 
-class Args:
-    num_codes = 16
+def fake_run(**args):
+    return SimpleNamespace(args=SimpleNamespace(seed=0, model="vqvae", num_codebooks=1, **args),
+                           device="cpu", say=lambda text: None, rehearsing=False, rank=1)
 
 
 @pytest.fixture
@@ -282,48 +487,74 @@ def small():
     with torch.no_grad():                              # codes that all get used
         z_e = model.quantizer.to_vectors(model.encoder(images.float() / 255 - 0.5))[0]
         model.quantizer.codebook.copy_(z_e[:: len(z_e) // 16][:16])
-    return model, images, torch.cat([model.encode(x[None]) for x in images])
+    part = Images(images.permute(0, 2, 3, 1), torch.arange(7))
+    return model, part, torch.cat([model.encode(x[None]) for x in images])
 
 
-def test_every_image_is_encoded_the_last_small_batch_too(small):
-    model, images, codes = small
-    assert torch.equal(encode_all(model, images, batch=3), codes)
+def test_every_image_is_encoded_once_and_keeps_its_label(small):
+    model, part, codes = small
+    data = Data(noise(300, 8, 8, 3), np.arange(300) % 3, np.arange(300))
+    got = encode_all(fake_run(num_codes=16), model, data)
+    for part, images in zip(got, (data.train, data.valid, data.test)):
+        x = images[torch.arange(len(images))][0]
+        one_by_one = torch.cat([model.encode(a[None]) for a in x])
+        assert part.tensors[0].shape == one_by_one.shape, "the last, smaller batch too"
+        assert (part.tensors[0] == one_by_one).float().mean() > 0.99, "but for ties"
+        assert torch.equal(part.tensors[1], images.rows)
+        assert part.tensors[0].dtype == torch.uint8, "K = 16: eight times less than int64"
 
 
 def test_mse_and_psnr_are_over_the_whole_test_set(small):
-    model, images, codes = small
+    model, part, codes = small
     decoded = np.concatenate([model.decode(c[None]).numpy() for c in codes]).astype(float)
-    mse = ((decoded - images.numpy()) ** 2).mean()
-    got = measure(model, images, codes, Args, batch=3)
+    mse = ((decoded - pixels(part).transpose(0, 3, 1, 2)) ** 2).mean()
+    got = measure(fake_run(), model, SimpleNamespace(test=part, valid=part), batch=3)
     assert got["mse"] == pytest.approx(mse), "7 images in batches of 3: the last one counts too"
     assert got["psnr"] == pytest.approx(10 * math.log10(255 ** 2 / mse))
 
 
 def test_code_usage_is_over_the_whole_test_set(small):
-    model, images, codes = small
+    model, part, codes = small
     used, n = np.unique(codes.numpy(), return_counts=True)
     p = n / n.sum()
-    got = measure(model, images, codes, Args, batch=1)
+    got = code_usage(fake_run(num_codes=16), TensorDataset(codes.to(torch.uint8)), part)
     assert got["codes_used"] == len(used) > 8 and got["num_codes"] == 16
     assert got["perplexity"] == pytest.approx(np.exp(-(p * np.log(p)).sum()), rel=1e-5), (
         "perplexity of all codes of the test set, not of a batch and not a mean over batches")
 
 
 def test_compression_of_the_paper_is_42_6():
-    images = torch.zeros(1, 3, 128, 128, dtype=torch.uint8)
-    codes = torch.zeros(1, 32, 32, dtype=torch.long)
-
-    class Model:
-        likelihood = None
-
-        def decode(self, codes):
-            return images
-
-    class Args:
-        num_codes = 512
-
-    got = measure(Model(), images, codes, Args)["compression"]
+    part = Images(torch.zeros(1, 128, 128, 3, dtype=torch.uint8), torch.arange(1))
+    codes = TensorDataset(torch.zeros(1, 32, 32, dtype=torch.int16))
+    got = code_usage(fake_run(num_codes=512), codes, part)["compression"]
     assert got == pytest.approx(128 * 128 * 3 * 8 / (32 * 32 * 9)), "sec. 4.2: about 42.6"
+
+
+def test_variance_of_the_data_is_that_of_the_training_part():
+    images = noise(60, 8, 8, 3)
+    images[40:] = 255
+    data = Data(images, np.repeat([0, 1, 2], [40, 10, 10]))
+    assert data.facts["variance"] == pytest.approx((images[:40] / 255).var(), rel=1e-9)
+
+
+class Wheel:
+    """A prior and a model: codes are the label, and images as bright as their code."""
+
+    num_classes, quantizer = 1, SimpleNamespace(codebook=torch.zeros(1))
+
+    def sample(self, count, height, width, labels, generator, temperature):
+        return labels.view(-1, 1, 1).expand(-1, height, width)
+
+    def decode(self, codes):
+        return codes[:, :1, :1].unsqueeze(1).expand(-1, 3, 8, 8).to(torch.uint8)
+
+
+@pytest.mark.parametrize("classes, each", [(2, 100), (13, 15), (250, 1)])
+def test_samples_cover_all_classes(classes, each):
+    data = SimpleNamespace(classes=list(range(classes)), facts={"size": [8, 8, 3]})
+    y, images = train_image.sample_images(fake_run(temperature=1.0), Wheel(), Wheel(), data)
+    assert y.bincount(minlength=classes).tolist() == [each] * classes
+    assert torch.equal(images[:, 0, 0, 0].long(), y), "each sample beside its own label"
 
 
 def test_a_prior_that_knows_nothing_pays_log2_k_bits():
@@ -345,53 +576,54 @@ def test_prior_bits_are_the_mean_over_all_test_codes():
 # -- the whole run ------------------------------------------------------------------------------
 
 SIGNAL_AT = """
-import os, signal, sys, torch, train_image
-backward, calls, wanted = torch.Tensor.backward, [], int(sys.argv.pop())
+import os, signal, sys, train_image, vqvae
+train, calls, wanted = vqvae.Run.train, [], int(sys.argv.pop())
 
-def counted(self, *args, **kwargs):
-    calls.append(1)
-    if len(calls) == wanted:
+def counted(self, *args):
+    if not self.rehearsing:
+        calls.append(1)
+    if not self.rehearsing and len(calls) == wanted:
         os.kill(os.getpid(), signal.SIGINT)
-    return backward(self, *args, **kwargs)
+    return train(self, *args)
 
-torch.Tensor.backward = counted
-train_image.main()
+vqvae.Run.train = counted
+vqvae.launch(train_image.make_parser(), train_image.load_data, train_image.main, train_image.use)
 """
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """One run as it is, in this process: whole/ and 0.pt. One stopped by Ctrl-C in stage one (1.pt)
-    and in the prior (2.pt) and then ended (3.pt), a process each: parts/."""
+    """One run as it is, in this process: whole/ and 0/. One stopped by Ctrl-C in stage one (1/)
+    and in the prior (2/) and then ended (3/), a process each: parts/."""
     folder = tmp_path_factory.mktemp("runs")
     np.save(folder / "a.npy", demo_images(60, 0, 16)[0])
     flags = ["--data", folder / "a.npy", "--codebook", "ema", "--lr-decay", "0.5", *TINY]
     models = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["train_image.py", *map(str, flags), "--out",
-                                    str(folder / "whole")])
         patch.setattr(train_image, "VQVAE", lambda *args, **kwargs: models.append(
-            VQVAE(*args, **kwargs)) or models[-1])
-        train_image.main()
-    torch.save(models[0].state_dict(), folder / "model after the run.pt")
-    shutil.copy(folder / "whole" / "checkpoint.pt", folder / "0.pt")
-    for n, begin, at in ((1, flags, 3), (2, ["--resume"], 4), (3, ["--resume"], 0)):
+            VQVAE(*args, **kwargs)) or models[-1])     # one for the rehearsal, one for the run
+        start(patch, *flags, "--out", folder / "whole")
+    torch.save(models[-1].state_dict(), folder / "model after the run.pt")
+    shutil.copytree(folder / "whole", folder / "0")
+    for n, begin, at in ((1, flags, 2), (2, ["--resume"], 4), (3, ["--resume"], 0)):
         done = python("-c", SIGNAL_AT, *begin, "--out", folder / "parts", at, cwd=folder)
         assert done.returncode == (130 if at else 0), done.stderr
-        shutil.copy(folder / "parts" / "checkpoint.pt", folder / f"{n}.pt")
-    steps = [{stage: saved["step"] for stage, saved in checkpoint(folder / f"{n}.pt")[
-        "stages"].items()} for n in (1, 2)]
-    assert steps == [{"autoencoder": 1, "vqvae": 2}, {"autoencoder": 1, "vqvae": 4, "prior": 2}], (
-        "stopped elsewhere than planned")
+        shutil.copytree(folder / "parts", folder / str(n))
+    steps = [{stage: checkpoint(folder / str(n), stage)["step"] for stage in ("vqvae", "prior")
+              if (folder / str(n) / f"checkpoint-{stage}.pt").exists()} for n in (1, 2)]
+    assert steps == [{"vqvae": 2}, {"vqvae": 4, "prior": 2}], "stopped elsewhere than planned"
     return folder
 
 
-def checkpoint(path):
-    return torch.load(path, weights_only=True)
+def checkpoint(folder, stage):
+    return torch.load(folder / f"checkpoint-{stage}.pt", weights_only=True)
 
 
-def test_resumed_weights_and_optimiser_equal_uninterrupted_bit_for_bit(runs):
-    assert same(checkpoint(runs / "0.pt")["stages"], checkpoint(runs / "3.pt")["stages"]), (
+@pytest.mark.parametrize("stage", ["vqvae", "prior"])
+def test_resumed_weights_and_optimiser_equal_uninterrupted_bit_for_bit(runs, stage):
+    one, two = ({k: v for k, v in checkpoint(runs / n, stage).items()
+                 if k in ("model", "optimizer", "best", "step")} for n in "03")
+    assert same(one, two), (
         "stopped by Ctrl-C in stage one and in the prior and resumed, the run ends with other "
         "weights than one that was never stopped")
 
@@ -400,8 +632,10 @@ def test_resumed_numbers_equal_uninterrupted(runs):
     one, two = (json.loads((runs / folder / "metrics.json").read_text())
                 for folder in ("whole", "parts"))
     assert {**one, "seconds": 0} == {**two, "seconds": 0}
-    logs = [[{**row, "seconds": 0} for row in checkpoint(runs / f"{n}.pt")["log"]] for n in (0, 3)]
-    assert logs[0] == logs[1]
+    for stage in ("vqvae", "prior"):
+        logs = [[{**row, "seconds": 0} for row in checkpoint(runs / n, stage)["rows"]]
+                for n in "03"]
+        assert logs[0] == logs[1]
 
 
 @pytest.mark.parametrize("name", ["samples.png", "reconstructions.png"])
@@ -411,8 +645,9 @@ def test_resumed_pictures_equal_uninterrupted(runs, name):
 
 
 def test_stage_one_is_frozen_while_the_prior_is_fitted(runs):
-    before = checkpoint(runs / "0.pt")["stages"]["vqvae"]["model"]
-    after = checkpoint(runs / "model after the run.pt")
+    before = checkpoint(runs / "0", "vqvae")
+    before = before["best"]["model"] if before["best"] else before["model"]
+    after = torch.load(runs / "model after the run.pt", weights_only=True)
     changed = [k for k in before if not same(before[k], after[k])]
     assert not changed, (
         f"{changed[:3]} moved while the prior was fitted: its codes no longer mean what they did "
@@ -420,8 +655,9 @@ def test_stage_one_is_frozen_while_the_prior_is_fitted(runs):
 
 
 def test_a_run_leaves_what_design_promises(runs):
-    for name in ("config.json", "log.csv", "checkpoint.pt", "metrics.json", "reconstructions.png",
-                 "samples.png", "curves.png"):
+    for name in ("config.json", "log.csv", "checkpoint.pt", "checkpoint-vqvae.pt",
+                 "checkpoint-prior.pt", "metrics.json", "reconstructions.png", "samples.png",
+                 "curves.png"):
         assert (runs / "whole" / name).stat().st_size > 0, name
     for picture in (runs / "whole").glob("*.png"):
         assert np.asarray(Image.open(picture).convert("L")).std() > 5, f"{picture.name} is blank"
@@ -429,29 +665,126 @@ def test_a_run_leaves_what_design_promises(runs):
     assert not left, f"temporary files were left behind: {left}"
 
 
-def test_demo_with_classes_reports_every_number(main, tmp_path):
-    main("--size", "16")
-    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        start(patch, "--out", folder, *TINY, "--size", "16")
+    return folder
+
+
+def test_demo_with_classes_reports_every_number(demo):
+    metrics = json.loads((demo / "metrics.json").read_text())
     for name in ("psnr", "mse", "codes_used", "num_codes", "perplexity", "prior_bits_per_code",
-                 "sample_class_accuracy", "seconds"):
+                 "sample_class_accuracy", "real_class_accuracy", "valid_psnr",
+                 "valid_prior_bits_per_code", "seconds"):
         assert math.isfinite(metrics[name]), name
     readme = (ROOT / "README.md").read_text()
-    assert not [name for name in metrics if f"`{name}`" not in readme], "README explains every key"
-    model, prior = (checkpoint(tmp_path / "out" / "checkpoint.pt")["stages"][stage]["model"]
-                    for stage in ("vqvae", "prior"))
+    missing = [name for name in metrics if f"`{name.removeprefix('valid_')}`" not in readme]
+    assert not missing, f"README does not explain {missing}"
+    model, prior = (checkpoint(demo, stage)["model"] for stage in ("vqvae", "prior"))
     assert "layers.0.label.weight" in prior and "quantizer.codebook" in model
 
 
 def test_nan_in_the_prior_keeps_stage_one(main, capsys, monkeypatch, tmp_path):
     np.save(tmp_path / "a.npy", noise(20, 8, 8, 3))
-    loss, calls = train_image.F.cross_entropy, []
+    loss, calls = train_image.prior_loss, []
 
-    def spoilt(*args, **kwargs):
-        calls.append(1)
-        return loss(*args, **kwargs) * (math.nan if len(calls) == 2 else 1)
+    def spoilt(*args):
+        value, stats = loss(*args)
+        calls.extend([1] * args[0].training)           # the first one is the rehearsal's
+        return value * (math.nan if len(calls) == 3 else 1), stats
 
-    monkeypatch.setattr(train_image.F, "cross_entropy", spoilt)
+    monkeypatch.setattr(train_image, "prior_loss", spoilt)
     line = stopped(capsys, main, "--data", tmp_path / "a.npy")
-    stages = checkpoint(tmp_path / "out" / "checkpoint.pt")["stages"]
     assert "prior" in line and "step 2" in line and "--lr" in line
-    assert stages["vqvae"]["step"] == 4 and "prior" not in stages
+    assert checkpoint(tmp_path / "out", "vqvae")["step"] == 4
+    assert not (tmp_path / "out" / "checkpoint-prior.pt").exists()
+
+
+RUN_ANYWAY = {
+    "all white": (np.full((20, 8, 8, 3), 255, np.uint8), []),
+    "400 x 4": (noise(20, 400, 4, 3), []),
+    "one image a batch, classes": (noise(20, 8, 8, 3), ["--batch-size", "1"]),
+    "greyscale": (noise(20, 8, 8), ["--likelihood", "logistics"]),
+}
+
+
+@pytest.mark.parametrize("case", RUN_ANYWAY)
+def test_unusual_data_trains_to_the_end(main, tmp_path, case):
+    images, flags = RUN_ANYWAY[case]
+    np.savez(tmp_path / "a.npz", images=images, labels=np.arange(20) % 2)
+    main("--data", tmp_path / "a.npz", *flags)
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert math.isfinite(metrics["mse"]) and math.isfinite(metrics["sample_class_accuracy"])
+    assert (metrics.get("bits_per_dim", 0) > 0) == (case == "greyscale")
+    height, width = np.asarray(Image.open(tmp_path / "out" / "samples.png")).shape[:2]
+    assert height * width < 1e7, "a picture to look at, whatever the shape of the data"
+
+
+# -- a finished run -----------------------------------------------------------------------------
+
+
+def test_load_gives_the_models_that_were_kept(demo):
+    run = train_image.load(demo, "cpu")
+    state = checkpoint(demo, "vqvae")
+    kept = state["best"]["model"] if state["best"] else state["model"]
+    assert same(dict(run.vqvae.state_dict()), kept)
+    assert run.classes == list(train_image.SOLIDS) and run.size == (16, 16, 3)
+    assert not run.vqvae.training and not run.prior.training
+    assert not any(p.requires_grad for net in (run.vqvae, run.prior) for p in net.parameters())
+
+
+def test_sampling_follows_label_temperature_and_seed(demo):
+    run = train_image.load(demo, "cpu")
+    codes = []
+    run = run._replace(vqvae=SimpleNamespace(
+        quantizer=run.vqvae.quantizer, decode=lambda c: codes.append(c) or torch.zeros(len(c))))
+    wanted = dict(labels=torch.tensor([2, 2, 2]), temperature=0.5)
+    expected = run.prior.sample(3, 4, 4, **wanted, generator=torch.Generator().manual_seed(7))
+    run.sample(3, "cone", temperature=0.5, seed=7)
+    assert torch.equal(codes[-1], expected)
+    expected = run.prior.sample(7, 4, 4, labels=torch.arange(7) % 5,
+                                generator=torch.Generator().manual_seed(0))
+    run.sample(7)
+    assert torch.equal(codes[-1], expected), "without a label all classes in turn"
+    with pytest.raises(ValueError, match="teapot.*cone"):
+        run.sample(1, "teapot")
+
+
+def test_pictures_go_through_the_codes_of_a_run(demo, monkeypatch, tmp_path):
+    run = train_image.load(demo, "cpu")
+    Image.fromarray(demo_images(1, 5, 16)[0][0]).save(tmp_path / "a.png")
+    x = run.read(tmp_path / "a.png")
+    codes = run.vqvae.encode(x)
+    assert codes.shape == (1, 4, 4) and x.dtype == torch.uint8
+    start(monkeypatch, "--out", demo, "--reconstruct", tmp_path / "a.png")
+    written = np.asarray(Image.open(demo / "used" / "a.png"))
+    assert np.array_equal(written, run.vqvae.decode(codes)[0].permute(1, 2, 0))
+
+
+def test_sample_writes_as_many_pictures_as_asked_for_and_trains_nothing(demo, monkeypatch):
+    before = (demo / "checkpoint-prior.pt").read_bytes()
+    start(monkeypatch, "--out", demo, "--sample", "3", "--label", "cube")
+    assert sorted(p.name for p in (demo / "used").glob("sample-*")) == [
+        "sample-0000.png", "sample-0001.png", "sample-0002.png"]
+    assert Image.open(demo / "used" / "sample-0000.png").size == (16, 16)
+    assert (demo / "checkpoint-prior.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--sample", "2", "--label", "teapot"], ["teapot", "cone"]),
+    (["--reconstruct", "{}/missing.png"], ["missing.png"]),
+    (["--reconstruct", "{}/text.png"], ["text.png"])])
+def test_bad_input_to_a_finished_run_is_one_line(demo, monkeypatch, capsys, tmp_path, flags, words):
+    (tmp_path / "text.png").write_text("hello")
+    flags = [flag.format(tmp_path) for flag in flags]
+    line = stopped(capsys, start, monkeypatch, "--out", demo, *flags)
+    assert not [word for word in words if word not in line], line
+
+
+@pytest.mark.parametrize("use", [["--sample", "2"], ["--reconstruct", "a.png"]])
+def test_a_run_that_is_not_finished_is_refused(runs, monkeypatch, capsys, use):
+    assert "step 2 of 4" in stopped(capsys, start, monkeypatch, "--out", runs / "1", *use)
+    with pytest.raises(ValueError, match="step 2 of 4"):
+        train_image.load(runs / "1", "cpu")

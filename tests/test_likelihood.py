@@ -1,6 +1,5 @@
 """Sec. 4.1: p(x|z) over bytes, bits per dimension, VAE, VIMCO; CIFAR-10 in train_image.py."""
 
-import argparse
 import csv
 import functools
 import hashlib
@@ -9,20 +8,23 @@ import io
 import itertools
 import json
 import math
-import sys
 import tarfile
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import TensorDataset
 
 import train_image
 from prior import PixelCNN
+from test_images import fake_run, pixels, start
 from test_run import stopped
-from train_image import bits_per_code, encode_all, fitted_prior, load_cifar10, measure
+from train_image import Images, code_usage, load_cifar10, measure, measure_prior
 from vqvae import (VAE, VIMCO, VQVAE, Categorical, Gaussian, Logistics, VectorQuantizer,
-                   VectorQuantizerEMA, bits_per_dim, gaussian_kl, likelihood_gap, to_unit, vimco)
+                   VectorQuantizerEMA, bits_per_dim, gaussian_kl, likelihood_gap,
+                   read_run, to_unit, vimco)
 
 WIDTHS = dict(hidden=8, res_hidden=8)
 PRIORS = ["uniform", "learned", "gaussian"]
@@ -115,7 +117,8 @@ def test_the_softmax_starts_as_a_bell_that_the_decoder_moves():
 @pytest.mark.parametrize("kind", MODELS)
 def test_every_model_of_sec_4_1_starts_like_that(kind):
     flags = ["--model", kind, "--likelihood", "categorical", "--hidden", "8", "--res-hidden", "8"]
-    model = train_image.make_model(train_image.make_parser().parse_args(flags), variance=1.0)
+    model = train_image.make_model(train_image.make_parser().parse_args(flags),
+                                   {"size": [8, 8, 3], "variance": 1.0})
     bias = model.decoder[-1].bias.detach().view(3, 256)
     assert (bias.argmax(1) // 2 == 63).all() and bias.amin() < -3, "a bell around the middle"
 
@@ -641,31 +644,40 @@ def test_vimco_needs_two_samples():
 # -- numbers of the script ------------------------------------------------------------------------
 
 
-class Args:
-    num_codes, seed = 4, 0
+def parts(*x):
+    """Images (N, 3, H, W) as a part of the data: training, validation, test."""
+    return SimpleNamespace(**{name: Images(a.permute(0, 2, 3, 1), torch.arange(len(a)))
+                              for name, a in zip(("train", "valid", "test"), x)})
 
 
 @pytest.mark.parametrize("classes", [(), ("cat", "dog", "frog")])
 def test_bits_per_dim_with_the_fitted_prior(classes):
     model, x = vq(K=4, G=2), images(5)
-    codes, labels = encode_all(model, x), torch.tensor([0, 1, 2, 1, 0]) if classes else None
+    codes, labels = model.encode(x), torch.tensor([0, 1, 2, 1, 0])
     prior = PixelCNN(4, 8, 2, num_classes=len(classes), num_codebooks=2)
-    metrics = measure(model, x, codes, Args)
-    metrics["prior_bits_per_code"] = bits_per_code(prior, codes, labels)
+    test = TensorDataset(codes.to(torch.uint8), *[labels] * (len(classes) > 0))
+    data = parts(x, x, x)
+    data.classes = classes
+    got = measure_prior(fake_run(num_codes=4), prior, SimpleNamespace(test=test, valid=test), data,
+                        {"distortion": 5.0})
     with torch.no_grad():
-        log_p = prior(codes, labels).log_softmax(1).gather(1, codes.unsqueeze(1))
-    bits = -log_p.sum().item() / math.log(2) / 5 + (math.log2(3) if classes else 0)
-    got = fitted_prior(metrics, x, codes, classes)
+        log_p = prior(codes, labels if classes else None).log_softmax(1)
+    log_p = log_p.gather(1, codes.unsqueeze(1))
+    bits = -log_p.sum().item() / math.log(2) / 5
+    assert got["prior_bits_per_code"] == pytest.approx(bits / codes[0].numel(), rel=1e-5)
+    bits += math.log2(3) if classes else 0
     assert got["rate_fitted_prior"] == pytest.approx(bits / x[0].numel(), rel=1e-5), (
         "-log2 p(z) of an image, and log2 of the number of classes for telling the prior which")
-    assert got["bits_per_dim_fitted_prior"] == pytest.approx(
-        got["rate_fitted_prior"] + metrics["distortion"])
+    assert got["bits_per_dim_fitted_prior"] == pytest.approx(got["rate_fitted_prior"] + 5.0)
+    assert got["valid_prior_bits_per_code"] == got["prior_bits_per_code"]
 
 
 def test_code_usage_with_several_codebooks():
     model, x = vq(K=4, G=3), images(6, 16, 16)
-    codes = encode_all(model, x)
-    got = measure(model, x, codes, Args)
+    codes = model.encode(x)
+    run = fake_run(num_codes=4)
+    run.args.num_codebooks = 3
+    got = code_usage(run, TensorDataset(codes.to(torch.uint8)), parts(x).train)
     used, perplexities = 0, []
     for g in range(3):
         n = codes[:, g].flatten().bincount(minlength=4)
@@ -677,17 +689,20 @@ def test_code_usage_with_several_codebooks():
     assert got["compression"] == pytest.approx(16 * 16 * 3 * 8 / (4 * 4 * 3 * 2))
 
 
-def test_measure_reports_the_bits_of_the_whole_set():
-    for kind, make in MODELS.items():
-        model, x = make(), images(7)
-        codes = encode_all(model, x) if kind == "vqvae" else None
-        got = measure(model, x, codes, Args, batch=3)
+@pytest.mark.parametrize("kind", MODELS)
+def test_measure_reports_the_bits_of_the_whole_set(kind):
+    model, x, valid = MODELS[kind](), images(7), images(5)
+    run = fake_run(num_codes=4)
+    run.args.model = kind
+    got = measure(run, model, parts(x, valid, x))
+    for prefix, part in (("", x), ("valid_", valid)):
         torch.manual_seed(0)
-        assert got.items() >= bits_per_dim(model, x).items()
-        error = (model.reconstruct(x).double() - x.double()).square().mean().item()
-        assert got["mse"] == pytest.approx(error)
-        assert ("likelihood_gap_bits_per_dim" in got) == (kind == "vqvae")
-        assert got.get("likelihood_gap_bits_per_dim", 0) >= 0
+        error = (model.reconstruct(part).double() - part.double()).square().mean().item()
+        assert got[f"{prefix}mse"] == pytest.approx(error)
+        for name, value in bits_per_dim(model, part).items():
+            assert got[prefix + name] == pytest.approx(value, rel=1e-5), prefix + name
+    assert ("likelihood_gap_bits_per_dim" in got) == (kind == "vqvae")
+    assert got.get("likelihood_gap_bits_per_dim", 0) >= 0
 
 
 # -- CIFAR-10 -------------------------------------------------------------------------------------
@@ -706,22 +721,22 @@ def cifar10_files(count=4):
     return files, images, labels
 
 
+def write_archive(path, folder="cifar-10-batches-bin"):
+    """cifar-10-binary.tar.gz in small -> its MD5."""
+    with tarfile.open(path, "w:gz") as tar:
+        for name, content in cifar10_files()[0].items():
+            info = tarfile.TarInfo(f"{folder}/{name}")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return hashlib.md5(path.read_bytes()).hexdigest()
+
+
 @pytest.fixture
 def archive(monkeypatch, tmp_path):
-    """cifar-10-binary.tar.gz in small, served on localhost; train_image expects its digest."""
+    """Such an archive, served on localhost; train_image expects its digest."""
     (tmp_path / "web").mkdir()
     path = tmp_path / "web" / "cifar-10-binary.tar.gz"
-
-    def pack(folder="cifar-10-batches-bin"):
-        with tarfile.open(path, "w:gz") as tar:
-            for name, content in cifar10_files()[0].items():
-                info = tarfile.TarInfo(f"{folder}/{name}")
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
-        monkeypatch.setattr(train_image, "CIFAR10_MD5", hashlib.md5(path.read_bytes()).hexdigest())
-        return path
-
-    pack()
+    monkeypatch.setattr(train_image, "CIFAR10_MD5", write_archive(path))
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *args):
@@ -732,86 +747,65 @@ def archive(monkeypatch, tmp_path):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setattr(train_image, "CIFAR10_URL",
                         f"http://127.0.0.1:{server.server_port}/{path.name}")
-    yield pack
+    yield path
     server.shutdown()
     server.server_close()
 
 
 def same_as_the_files(data):
     _, images, labels = cifar10_files()
-    assert np.array_equal(data.train, images[:20]) and np.array_equal(data.test, images[20:]), (
+    assert np.array_equal(data.array, images) and np.array_equal(pixels(data.test), images[20:]), (
         "a record is red, green, blue planes of 32 rows: as an image (32, 32, 3)")
-    assert data.train_labels.tolist() == labels[:20].tolist()
-    assert data.test_labels.tolist() == labels[20:].tolist() and len(data.classes) == 10
+    assert sorted([*data.train.rows.tolist(), *data.valid.rows.tolist()]) == list(range(20)), (
+        "validation is cut from training, never from the test batch")
+    assert len(data.valid) == 2 and len(data.classes) == 10
+    for part in (data.train, data.valid, data.test):
+        assert part.labels[0].tolist() == labels[part.rows].tolist()
 
 
-def test_cifar10_extracted(tmp_path):
-    (tmp_path / "cifar-10-batches-bin").mkdir()
-    for name, content in cifar10_files()[0].items():
-        (tmp_path / "cifar-10-batches-bin" / name).write_bytes(content)
-    same_as_the_files(load_cifar10(tmp_path))
+def refused(folder):
+    with pytest.raises(ValueError) as error:
+        load_cifar10(folder)
+    return str(error.value)
 
 
 def test_cifar10_packed(archive, tmp_path, monkeypatch):
     monkeypatch.setattr(train_image, "CIFAR10_URL", "http://127.0.0.1:1/none")
     same_as_the_files(load_cifar10(tmp_path / "web"))
-    assert sorted(p.name for p in (tmp_path / "web").iterdir()) == [
-        "cifar-10-batches-bin", "cifar-10-binary.tar.gz"], "something was left behind"
+    assert [p.name for p in (tmp_path / "web").iterdir()] == ["cifar-10-binary.tar.gz"]
 
 
 def test_cifar10_downloaded_once(archive, tmp_path, monkeypatch):
     same_as_the_files(load_cifar10(tmp_path / "new" / "data"))
-    assert sorted(p.name for p in (tmp_path / "new" / "data").iterdir()) == [
-        "cifar-10-batches-bin", "cifar-10-binary.tar.gz"]
+    left = [p.name for p in (tmp_path / "new" / "data").iterdir()]
+    assert left == ["cifar-10-binary.tar.gz"], "something was left behind"
     monkeypatch.setattr(train_image, "CIFAR10_URL", "http://127.0.0.1:1/none")
     same_as_the_files(load_cifar10(tmp_path / "new" / "data"))
 
 
 def test_cifar10_offline_names_the_file_and_where_it_belongs(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train_image, "CIFAR10_URL", "http://127.0.0.1:1/cifar-10-binary.tar.gz")
-    line = stopped(capsys, load_cifar10, tmp_path)
+    line = refused(tmp_path)
     assert str(tmp_path / "cifar-10-binary.tar.gz") in line and "http://127.0.0.1:1" in line
     assert "--data-dir" in line and not list(tmp_path.iterdir())
 
 
 def test_cifar10_download_of_something_else_is_not_kept(archive, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train_image, "CIFAR10_MD5", "0" * 32)
-    line = stopped(capsys, load_cifar10, tmp_path / "data")
-    assert "0" * 32 in line and not list((tmp_path / "data").iterdir()), (
+    line = refused(tmp_path / "data")
+    assert "0" * 32 in line and not (tmp_path / "data").exists(), (
         "what is not the file we know must not be there under its name")
 
 
 def test_cifar10_torn_archive_is_named(archive, tmp_path, capsys):
-    path = archive()
-    path.write_bytes(path.read_bytes()[:-100])
-    line = stopped(capsys, load_cifar10, tmp_path / "web")
-    assert "MD5" in line and str(path) in line
-    assert [p.name for p in (tmp_path / "web").iterdir()] == [path.name]
-
-
-def test_cifar10_archive_cannot_write_outside_its_folder(archive, tmp_path, capsys):
-    archive("../../evil")
-    stopped(capsys, load_cifar10, tmp_path / "web")
-    assert not list(tmp_path.rglob("evil*")) and not (tmp_path.parent / "evil").exists()
-    assert [p.name for p in (tmp_path / "web").iterdir()] == ["cifar-10-binary.tar.gz"]
-
-
-@pytest.mark.parametrize("spoil", [lambda b: b[:-1], lambda b: b"", lambda b: b"\x0a" + b[1:],
-                                   None])
-def test_cifar10_bad_file_is_named(tmp_path, capsys, spoil):
-    (tmp_path / "cifar-10-batches-bin").mkdir()
-    for name, content in cifar10_files()[0].items():
-        if name == "data_batch_3.bin":
-            if spoil is None:
-                continue
-            content = spoil(content)
-        (tmp_path / "cifar-10-batches-bin" / name).write_bytes(content)
-    assert "data_batch_3.bin" in stopped(capsys, load_cifar10, tmp_path)
+    archive.write_bytes(archive.read_bytes()[:-100])
+    line = refused(tmp_path / "web")
+    assert "MD5" in line and str(archive) in line
 
 
 # -- the whole run --------------------------------------------------------------------------------
 
-TINY = ("--preset cifar10-small --steps 4 --warmup-steps 1 --prior-steps 2 --classifier-steps 2 "
+TINY = ("--preset cifar10-small --steps 4 --prior-steps 2 "
         "--hidden 8 --res-hidden 8 --prior-channels 8 --num-codes 8 --num-codebooks 3 --code-dim 4 "
         "--latents 3 --batch-size 4 --samples 3 --device cpu").split()
 
@@ -819,24 +813,22 @@ TINY = ("--preset cifar10-small --steps 4 --warmup-steps 1 --prior-steps 2 --cla
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("likelihood")
-    (folder / "data" / "cifar-10-batches-bin").mkdir(parents=True)
-    for name, content in cifar10_files()[0].items():
-        (folder / "data" / "cifar-10-batches-bin" / name).write_bytes(content)
+    (folder / "data").mkdir()
+    md5 = write_archive(folder / "data" / "cifar-10-binary.tar.gz")
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_image, "CIFAR10_MD5", md5)
         patch.chdir(folder)                            # --data cifar10 --data-dir data by default
         for kind in MODELS:
-            patch.setattr(sys, "argv", ["train_image.py", *TINY, "--model", kind, "--out", kind])
-            train_image.main()
-    return folder
+            start(patch, *TINY, "--model", kind, "--out", kind)
+        yield folder
 
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_metrics_are_what_the_trained_model_scores(folder, kind):
     metrics = json.loads((folder / kind / "metrics.json").read_text())
-    saved = torch.load(folder / kind / "checkpoint.pt", weights_only=True)
-    model = train_image.make_model(argparse.Namespace(**saved["args"]), 0.1)
-    model.load_state_dict(saved["stages"][kind]["model"])
-    model.eval().to(memory_format=torch.channels_last)
+    args, facts, [state] = read_run(folder / kind, "image", [kind])
+    model = train_image.make_model(args, facts).eval().to(memory_format=torch.channels_last)
+    model.load_state_dict(state)
     test = torch.from_numpy(cifar10_files()[1][20:]).permute(0, 3, 1, 2)
     torch.manual_seed(0)
     got = bits_per_dim(model, test)
@@ -855,13 +847,13 @@ def test_vqvae_has_bits_under_both_priors_and_the_likelihood_gap(folder):
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_the_log_has_bits_per_dim_of_the_test_set_against_steps(folder, kind):
+def test_the_log_has_bits_per_dim_of_validation_images_against_steps(folder, kind):
     with open(folder / kind / "log.csv") as f:
         rows = [row for row in csv.DictReader(f) if row["stage"] == kind]
-    curve = [float(row["test_bits_per_dim"]) for row in rows if row["test_bits_per_dim"]]
+    curve = [float(row["valid_bits_per_dim"]) for row in rows if row["valid_bits_per_dim"]]
     metrics = json.loads((folder / kind / "metrics.json").read_text())
-    assert curve[-1] == pytest.approx(metrics["bits_per_dim"], rel=1e-2), (
-        "4 test images: the curve ends where the final measurement stands, but for the noise")
+    assert curve[-1] == pytest.approx(metrics["valid_bits_per_dim"], rel=1e-2), (
+        "2 validation images: the curve ends where the measurement stands, but for the noise")
     assert [row["step"] for row in rows] == ["1", "2", "3", "4"] and rows[0]["distortion"]
     for name in ("reconstructions.png", "curves.png", "config.json"):
         assert (folder / kind / name).stat().st_size > 0, name
@@ -871,8 +863,7 @@ def test_the_log_has_bits_per_dim_of_the_test_set_against_steps(folder, kind):
 def test_resume_of_a_finished_run_measures_the_same(folder, kind, monkeypatch):
     before = json.loads((folder / kind / "metrics.json").read_text())
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "argv", ["train_image.py", "--resume", "--out", str(folder / kind)])
-    train_image.main()
+    start(monkeypatch, "--resume", "--out", folder / kind)
     after = json.loads((folder / kind / "metrics.json").read_text())
     assert {**after, "seconds": 0} == pytest.approx({**before, "seconds": 0}, rel=1e-6)
 
@@ -880,5 +871,11 @@ def test_resume_of_a_finished_run_measures_the_same(folder, kind, monkeypatch):
 @pytest.mark.parametrize("flags", [["--samples", "1"], ["--samples", "0"]])
 def test_vimco_with_too_few_samples_is_named(folder, capsys, monkeypatch, flags):
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "argv", ["train_image.py", *TINY, "--model", "vimco", *flags])
-    assert "--samples" in stopped(capsys, train_image.main)
+    line = stopped(capsys, start, monkeypatch, *TINY, "--model", "vimco", *flags)
+    assert "samples" in line, "the rehearsal finds what VIMCO refuses"
+
+
+@pytest.mark.parametrize("kind", ["vae", "vimco"])
+def test_models_without_codes_say_so(folder, kind):
+    with pytest.raises(ValueError, match="checkpoint-vqvae.pt"):
+        train_image.load(folder / kind, "cpu")

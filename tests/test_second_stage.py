@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,8 +14,9 @@ from PIL import Image
 import train_image
 from conftest import ROOT
 from prior import PixelCNN
-from test_images import SIGNAL_AT, TINY, checkpoint, main  # noqa: F401 (main is a fixture)
+from test_images import SIGNAL_AT, TINY, checkpoint, main, start  # noqa: F401 (main: a fixture)
 from test_run import python, same, stopped
+from torch.utils.data import TensorDataset
 from vqvae import VQVAE, GlobalEncoder, GlobalVAE, GlobalVQVAE, VectorQuantizer
 
 K, D, C, FIELD = 16, 4, 6, (4, 5)  # codes, numbers in e_k of the second and the first stage, h x w
@@ -143,33 +144,6 @@ def test_cached_sampling_given_a_global_code_equals_naive(vqvae):
     assert torch.equal(cached, naive)
 
 
-def test_codebooks_start_after_the_warm_up_at_outputs_for_k_maps(vqvae):
-    codes, book = torch.randint(K, (40, *FIELD)), torch.randn(K, C)
-    initialised, start = {}, []
-
-    class Run:
-        args, rank, world = train_image.make_parser().parse_args([]), 0, 1
-        args.second_steps, args.num_codes, args.batch_size = 4, K, 8
-
-        def fit(self, stage, net, loss, *sizes):
-            if net is vqvae:
-                start[:] = [net.quantizer.codebook.detach().clone()]
-                loss(net.train(), torch.arange(8))
-                initialised[stage] = bool(net.eval().quantizer.initialized)
-
-    def vectors(codes):
-        return book[codes].permute(0, 3, 1, 2)
-
-    train_image.fit_second(Run(), vqvae, None, None, codes, vectors)
-    assert initialised == {"second-autoencoder": False, "second-vqvae": True}, (
-        "the warm-up leaves the codebooks out")
-    z = vqvae.quantizer.to_vectors(vqvae.encoder(vectors(codes)))      # (3, 40, D)
-    distance = (start[0].view(3, K, 1, D) - z.unsqueeze(1)).abs().amax(3)
-    assert distance.amin(2).max() < 1e-6, "each code starts where the encoder puts some map"
-    assert all(len(set(row.tolist())) == K for row in distance.argmin(2)), (
-        "from K maps: with a batch of 8 all others would be copies of these")
-
-
 # -- the numbers --------------------------------------------------------------------------------
 
 
@@ -180,56 +154,36 @@ class Oracle:
         row = 20.0 * F.one_hot(cond.view(-1).long(), K)
         return row[:, :, None, None].expand(-1, -1, *codes.shape[1:])
 
-    def sample(self, batch, height, width, cond, generator):
+    def sample(self, batch, height, width, cond, generator, **_):
         return cond.long().view(-1, 1, 1).expand(batch, height, width)
 
 
 def test_own_and_other_are_told_their_own_and_anothers_global_code():
     codes = torch.arange(10).view(-1, 1, 1).expand(10, *FIELD)
-    bits = train_image.told("a", Oracle(), codes, torch.arange(10.0).view(-1, 1, 1, 1))
+    bits = train_image.conditional_bits("a", Oracle(), codes, torch.arange(10.0).view(-1, 1, 1, 1),
+                                        6.0)
     assert bits["a_bits_own"] < 0.01 and bits["a_bits_other"] > 10
 
 
 def test_other_is_not_the_next_frame_of_the_clip():
     codes = (torch.arange(20) // 5).view(-1, 1, 1).expand(20, *FIELD)  # clips of five equal frames
     z = codes[:, :1, :1].unsqueeze(1).float()
-    assert train_image.told("a", Oracle(), codes, z)["a_bits_other"] > 28, (
+    assert train_image.conditional_bits("a", Oracle(), codes, z, 6.0)["a_bits_other"] > 28, (
         "20 nats a code, 28.9 bits, if no image gets the code of a frame of its own clip")
-
-
-def test_read_out_is_naive_bayes_over_the_three_tables():
-    generator = torch.Generator().manual_seed(0)
-    three = torch.randint(4, (300, 3), generator=generator)
-    values = (three[:, 1] + torch.randint(2, (300,), generator=generator)) % 3
-    asked = torch.cartesian_prod(*[torch.arange(4)] * 3)
-    got = train_image.read_out(three, values, asked, 4)
-    for codes, guess in zip(asked.tolist(), got.tolist()):
-        p = []
-        for v in range(3):
-            of_v = three[values == v]
-            p.append(len(of_v) * math.prod(
-                ((of_v[:, g] == codes[g]).sum().item() + 1) / (len(of_v) + 4) for g in range(3)))
-        assert guess == int(np.argmax(p)), codes
-
-
-def test_read_out_tells_what_only_one_of_the_three_knows():
-    three = torch.randint(8, (400, 3))
-    for g in range(3):
-        guess = train_image.read_out(three[:300], three[:300, g] // 2, three[300:], 8)
-        assert torch.equal(guess, three[300:, g] // 2), f"codebook {g} is not looked at"
 
 
 # -- figure 5 -----------------------------------------------------------------------------------
 
 
-def test_each_column_of_figure_5_is_about_the_image_at_its_top(monkeypatch, tmp_path):
+def test_each_column_of_figure_5_is_about_the_image_at_its_top():
     shown = {}
-    monkeypatch.setattr(train_image, "picture", lambda path, images, title, **names: shown.update(
-        images=images, **names))
 
     class Fake:
-        args, out, device = train_image.make_parser().parse_args([]), tmp_path, "cpu"
+        args, device, rank, rehearsing = train_image.make_parser().parse_args([]), "cpu", 0, False
         args.num_codes = 512
+
+        def picture(self, name, images, title, columns, rows):
+            shown.update(images=images, rows=rows)
 
         def decode(self, codes):                       # an image as bright as its code
             return codes[:, :1, :1].unsqueeze(1).expand(-1, 3, 8, 8)
@@ -240,12 +194,14 @@ def test_each_column_of_figure_5_is_about_the_image_at_its_top(monkeypatch, tmp_
         def lookup(self, three):
             return three[:, :1].float()
 
-    test = torch.arange(20).view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
+    images = torch.arange(20, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 8, 8, 3)
+    data = SimpleNamespace(test=train_image.Images(images, torch.arange(20)),
+                           facts={"size": [8, 8, 3]})
     z, fake = torch.arange(20.0).view(-1, 1, 1, 1), Fake()
     fake.quantizer, fake.decoder = fake, Oracle()
-    train_image.figure_5(fake, fake, fake, fake, fake, test, z, z + 20)
+    train_image.draw_figure_5(fake, fake, fake, fake, fake, data, z, z + 20)
     images = shown["images"][:, :, 0, 0, 0].tolist()
-    assert len(images) == len(shown["names"]) and "27 bits" in shown["names"][1]
+    assert len(images) == len(shown["rows"]) and "27 bits" in shown["rows"][1]
     assert images[1:5] == [images[0]] * 4, "several samples given the code of the image above them"
     assert images[5] == [i + 20 for i in images[0]], "the VAE's given its z"
     assert images[6:] == [list(range(50, 58))] * 2, "samples from the prior of the three codes"
@@ -263,23 +219,18 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     models = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["train_image.py", *SECOND, "--out", str(folder / "whole")])
         patch.setattr(train_image, "VQVAE", lambda *args, **kwargs: models.append(
-            VQVAE(*args, **kwargs)) or models[-1])
-        train_image.main()
-    torch.save(models[0].state_dict(), folder / "model after the run.pt")
+            VQVAE(*args, **kwargs)) or models[-1])     # one for the rehearsal, one for the run
+        start(patch, *SECOND, "--out", folder / "whole")
+    torch.save(models[-1].state_dict(), folder / "model after the run.pt")
     flags = [flag for flag in SECOND if flag != "--second-stage"]
     done = python(ROOT / "train_image.py", *flags, "--out", folder / "parts", cwd=folder)
     assert done.returncode == 0, done.stderr
-    shutil.copy(folder / "parts" / "checkpoint.pt", folder / "first.pt")
+    shutil.copytree(folder / "parts", folder / "first")
     for more, at in ((["--second-stage"], 3), ([], 0)):
         done = python("-c", SIGNAL_AT, "--resume", *more, "--out", folder / "parts", at, cwd=folder)
         assert done.returncode == (130 if at else 0), done.stderr
     return folder
-
-
-def stages(path):
-    return checkpoint(path)["stages"]
 
 
 def test_script_writes_figure_and_numbers(runs):
@@ -288,19 +239,28 @@ def test_script_writes_figure_and_numbers(runs):
     metrics = json.loads((runs / "whole" / "metrics.json").read_text())
     names = [f"second_{k}" for k in (
         "bits_own", "bits_other", "bits_alone", "vae_bits_own", "vae_bits_other", "vae_kl_bits",
-        "prior_bits", "codes_used_1", "codes_used_2", "codes_used_3", "read_solid", "chance_solid")]
+        "prior_bits", "bits_total", "vae_bits_total", "codes_used_1", "codes_used_2",
+        "codes_used_3")]
     assert not [name for name in names if not math.isfinite(metrics[name])]
     assert all(1 <= metrics[f"second_codes_used_{g}"] <= 16 for g in (1, 2, 3))
+    assert metrics["second_bits_total"] == pytest.approx(
+        metrics["second_bits_own"] + 3 * math.log2(16) / 16), (
+        "the latents cost 12 bits for the 16 codes of a map: without them it is no code length")
+    assert metrics["second_vae_bits_total"] == pytest.approx(
+        metrics["second_vae_bits_own"] + metrics["second_vae_kl_bits"] / 16)
     readme = (ROOT / "README.md").read_text()
     missing = [name for name in names if f"`{name}`" not in readme]
     assert not missing, f"README does not explain {missing}"
 
 
 def test_stopped_and_resumed_second_stage_equals_uninterrupted(runs):
-    one, two = stages(runs / "whole" / "checkpoint.pt"), stages(runs / "parts" / "checkpoint.pt")
-    assert list(one) == list(two), "the same stages in the same order"
-    assert [name for name in one if not same(one[name], two[name])] == [], (
-        "--second-stage given later, or stopped and resumed, ends with other weights")
+    names = [{p.name for p in (runs / folder).glob("checkpoint-*.pt")}
+             for folder in ("whole", "parts")]
+    assert names[0] == names[1] and len(names[0]) == 7, "the same stages"
+    changed = [name for name in names[0] if not same(*(
+        {k: v for k, v in torch.load(runs / folder / name, weights_only=True).items()
+         if k in ("model", "optimizer", "best", "step")} for folder in ("whole", "parts")))]
+    assert changed == [], "--second-stage given later, or stopped and resumed: other weights"
     metrics = [json.loads((runs / folder / "metrics.json").read_text())
                for folder in ("whole", "parts")]
     assert {**metrics[0], "seconds": 0} == {**metrics[1], "seconds": 0}
@@ -310,8 +270,9 @@ def test_stopped_and_resumed_second_stage_equals_uninterrupted(runs):
 
 
 def test_first_stage_and_its_codebook_do_not_move_in_the_second(runs):
-    before = stages(runs / "first.pt")["vqvae"]["model"]
-    after = checkpoint(runs / "model after the run.pt")
+    before = checkpoint(runs / "first", "vqvae")
+    before = before["best"]["model"] if before["best"] else before["model"]
+    after = torch.load(runs / "model after the run.pt", weights_only=True)
     changed = [k for k in before if not same(before[k], after[k])]
     assert not changed, f"the second stage has moved {changed} of the first: its codes have changed"
 

@@ -1,22 +1,32 @@
 """VideoPrior (section 4 of prior.py) and train_video.py: its world, its data, the whole run."""
 
+import argparse
 import csv
+import io
 import json
 import os
+import shutil
 import subprocess
 import sys
+import zipfile
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from matplotlib.backend_bases import KeyEvent
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from PIL import Image
 
 import train_video
 from conftest import ROOT
 from prior import VideoPrior
-from train_video import (ACTIONS, GENERATED, GIVEN, Data, World, action_accuracy, bits_per_code,
-                         compare, demo_clips, edges, load_clips, pieces, psnr)
+from train_video import (ACTIONS, GENERATED, GIVEN, Clips, Play, RollOut, Stretches, World,
+                         action_accuracy, bits_per_code, demo_clips, demo_part, is_moving,
+                         judge_accuracy, judge_loss, load, load_parts, make_judge, measure_films,
+                         read_arrays, roll_outs)
+from vqvae import launch, to_unit
 
 FORWARD, LEFT, RIGHT = range(3)
 QUARTER = 90 // train_video.TURN
@@ -199,9 +209,9 @@ def after(world, pose, *actions):
 
 def test_turning_left_then_right_returns_to_the_same_picture(world, poses):
     there = after(world, poses, LEFT)
-    assert not np.array_equal(world.render(there, 16), world.render(poses, 16))
+    assert not np.array_equal(world.look(there, 16), world.look(poses, 16))
     back = after(world, poses, LEFT, RIGHT)
-    assert np.array_equal(world.render(back, 16), world.render(poses, 16))
+    assert np.array_equal(world.look(back, 16), world.look(poses, 16))
 
 
 @pytest.mark.parametrize("turn", [LEFT, RIGHT])
@@ -226,15 +236,15 @@ def test_forward_goes_where_one_looks_and_back_after_half_a_turn(world):
 
 
 def test_forward_into_a_wall_stops(world, poses):
-    # Slanted walks slide along a wall into a corner; 100 steps are longer than any way there.
-    end = after(world, poses, *[FORWARD] * 100)
+    # Slanted walks slide along a wall into a corner: at 10 degrees 5 cells take 192 steps.
+    end = after(world, poses, *[FORWARD] * 200)
     assert np.array_equal(after(world, end, FORWARD), end)
-    assert np.array_equal(world.render(after(world, end, FORWARD), 16), world.render(end, 16))
+    assert np.array_equal(world.look(after(world, end, FORWARD), 16), world.look(end, 16))
     assert not world.wall[end[:, 0].astype(int), end[:, 1].astype(int), end[:, 2].astype(int)].any()
 
 
 def test_a_left_turn_moves_the_picture_to_the_right_by_one_code(world, poses):
-    before, then = (world.render(p, 24).astype(int) for p in (poses, after(world, poses, LEFT)))
+    before, then = (world.look(p, 24).astype(int) for p in (poses, after(world, poses, LEFT)))
     error = np.abs(then[:, :, train_video.FACTOR:] - before[:, :, :-train_video.FACTOR]).max(-1)
     assert (error <= 1).mean() > 0.98                  # rounding moves an edge here and there
 
@@ -260,7 +270,7 @@ def test_walls_get_taller_as_one_comes_nearer():
     world.color[:], world.pattern[:] = (1, 0, 0), 0    # red walls, floor and ceiling black
     world.floor[:], world.ceiling[:] = 0, 0
     for distance in (1.0, 2.0, 4.0):
-        image = world.render(np.array([[0, 20 - distance, 10.5, 0]]), 80)[0]
+        image = world.look(np.array([[0, 20 - distance, 10.5, 0]]), 80)[0]
         rows = (image[:, 80, 0] > 0).sum()
         expected = train_video.WALL / distance / train_video.VIEW * 80
         assert abs(rows - min(80, expected)) <= 2
@@ -268,19 +278,35 @@ def test_walls_get_taller_as_one_comes_nearer():
 
 def test_demo_clips_are_a_function_of_the_seed(world):
     (frames, actions, poses), again, other = (demo_clips(world, 6, 5, 16, s) for s in (0, 0, 1))
-    assert frames.shape == (6, 5, 16, 32, 3) and frames.dtype == np.uint8
+    assert frames.shape == (6, 5, 3, 16, 32) and frames.dtype == torch.uint8
     assert all(np.array_equal(a, b) for a, b in zip((frames, actions, poses), again))
     assert not np.array_equal(frames, other[0])
     assert np.array_equal(World(seed=1).wall, world.wall)
     assert not np.array_equal(World(seed=2).wall, world.wall)
 
 
-def test_recorded_actions_lead_to_the_recorded_frames(world):
-    frames, actions, poses = demo_clips(world, 20, GIVEN + GENERATED, 16, 0)
-    assert set(actions.ravel()) == {FORWARD, LEFT, RIGHT}
-    data = Data(frames, frames, actions, actions, ACTIONS, world, poses)
-    truth = data.truth(data.test_actions[:7, GIVEN - 1:])
-    assert torch.equal(truth, data.test[:7, GIVEN:])
+def test_recorded_actions_lead_to_the_recorded_frames():
+    frames, actions, truth = demo_part(argparse.Namespace(seed=3, demo_clips=20), "train")
+    assert set(actions.flatten().tolist()) == {FORWARD, LEFT, RIGHT}
+    assert torch.equal(truth(actions[:7, GIVEN - 1:]), frames[:7])
+    assert torch.equal(truth(actions[4:7, GIVEN - 1:], first=4), frames[4:7])
+
+
+def test_unseen_mazes_are_not_those_of_training(monkeypatch):
+    def make_world(seed):
+        made.append(World(seed=seed))
+        return made[-1]
+
+    args, made = argparse.Namespace(seed=3, demo_clips=10, data=None), []
+    monkeypatch.setattr(train_video, "World", make_world)
+    parts, _ = load_parts(args)
+    assert list(parts) == ["train", "valid", "test", "unseen"]
+    walls = [world.wall.tobytes() for world in made]
+    assert walls[0] == walls[1] == walls[2] != walls[3]
+    for n, one in enumerate(parts):                    # nobody walks the same walk twice
+        for other in list(parts)[:n]:
+            same = (parts[one].frames[:10] == parts[other].frames[:10]).flatten(2).all(2)
+            assert not same.all(1).any(), f"{one} and {other} share a clip"
 
 
 # -- own data -----------------------------------------------------------------------------------
@@ -298,183 +324,504 @@ def save(path, frames, actions):
 
 
 @pytest.mark.parametrize("last", [0, 1])
-def test_clips_are_read_and_every_tenth_is_held_out(tmp_path, last):
+def test_clips_are_read_and_cut_into_training_validation_and_test(tmp_path, last):
     frames, actions = clips(20)
-    data = load_clips(save(tmp_path / "a.npz", frames, actions[:, :17 - last].astype(np.uint8)))
-    assert data.train.shape == (18, 17, 3, 16, 16) and data.train.dtype == torch.uint8
-    assert torch.equal(data.test, torch.from_numpy(frames[[9, 19]]).permute(0, 1, 4, 2, 3))
-    assert torch.equal(data.test_actions, torch.from_numpy(actions[[9, 19], :16]))
-    assert len(data.train_actions) == 18 and data.names == ["action 0", "action 1", "action 2"]
+    path = save(tmp_path / "a.npz", frames, actions[:, :17 - last].astype(np.uint8))
+    parts, names = load_parts(argparse.Namespace(data=path))
+    assert names == ["action 0", "action 1", "action 2"]
+    for part, n in (("train", slice(16)), ("valid", slice(16, 18)), ("test", slice(18, 20))):
+        same = torch.from_numpy(frames[n]).permute(0, 1, 4, 2, 3)
+        assert torch.equal(parts[part].frames, same) and same.dtype == torch.uint8
+        assert torch.equal(parts[part].actions, torch.from_numpy(actions[n, :16]))
+        assert parts[part].truth(parts[part].actions) is None, "nobody knows another future"
+
+
+def test_a_folder_of_arrays_stays_on_the_disk(tmp_path):
+    frames, actions = clips(20)
+    for name, array in (("frames", frames), ("actions", actions)):
+        np.save(tmp_path / f"{name}.npy", array)
+    parts, _ = load_parts(argparse.Namespace(data=str(tmp_path)))
+    assert torch.equal(parts["train"].frames, torch.from_numpy(frames[:16]).permute(0, 1, 4, 2, 3))
+    with open("/proc/self/maps") as maps:
+        assert str(tmp_path / "frames.npy") in maps.read(), "not a memory map"
+    mapped = parts["train"].frames.untyped_storage().nbytes()
+    assert mapped >= 16 * 17 * 16 * 16 * 3
+    x = Stretches(parts["train"].frames, parts["train"].actions, 2).x
+    assert x.untyped_storage().data_ptr() == parts["train"].frames.untyped_storage().data_ptr()
+
+
+def test_stretches_are_all_of_them_with_the_action_that_leads_to_their_end():
+    clip = torch.arange(3 * 5).view(3, 5)              # frame t of clip n is the number 5 n + t
+    actions = 100 + torch.arange(3 * 4).view(3, 4)     # from t to t + 1 of clip n: 100 + 4 n + t
+    data = Stretches(clip, actions, 2)
+    pairs, action = data[torch.arange(len(data))]
+    assert len(data) == 12 and torch.equal(pairs[:, 0] + 1, pairs[:, 1])
+    assert torch.equal(action, 100 + pairs[:, 0] // 5 * 4 + pairs[:, 0] % 5)
+
+
+def test_stretches_of_codes_also_end_at_the_first_frames():
+    codes = torch.arange(3 * 5, dtype=torch.uint8).view(3, 5, 1, 1)
+    actions = 100 + torch.arange(3 * 4).view(3, 4)
+    part = Clips(torch.zeros(3, 5, 3, 4, 4), actions)
+    data = train_video.Data({"train": part, "valid": part}, {})
+    for set in data.stretches(3, {"train": codes, "valid": codes}, 99):
+        windows, action = set[torch.tensor([0, 1, 7, 14])]
+        assert windows.flatten(1).tolist() == [[99, 99, 0], [99, 0, 1], [5, 6, 7], [12, 13, 14]]
+        assert len(set) == 15 and action.tolist() == [-1, 100, 105, 111]
 
 
 FRAMES, TAKEN = clips()
 BAD = {
-    "negative action": (FRAMES, TAKEN - 1, "from -1 to 1"),
+    "negative action": (FRAMES, TAKEN - 1, "0 to 255"),
     "huge action": (FRAMES, TAKEN + 1000, "0 to 255"),
     "actions as floats": (FRAMES, TAKEN / 1, "float64"),
     "too few actions": (FRAMES, TAKEN[:, :10], "(12, 10)"),
     "actions of other clips": (FRAMES, TAKEN[:11], "(11, 17)"),
-    "short clips": (FRAMES[:, :15], TAKEN[:, :15], "clips of 15 frames"),
-    "grey frames": (FRAMES[..., :1], TAKEN, "in colour"),
-    "frames without colour axis": (FRAMES[..., 0], TAKEN, "in colour"),
+    "short clips": (FRAMES[:, :15], TAKEN[:, :15], "(12, 15, 16, 16, 3)"),
+    "grey frames": (FRAMES[..., :1], TAKEN, "(12, 17, 16, 16, 1)"),
+    "frames without colour axis": (FRAMES[..., 0], TAKEN, "(12, 17, 16, 16)"),
     "float frames": (FRAMES / 255, TAKEN, "float64"),
-    "few clips": (FRAMES[:9], TAKEN[:9], "9 clips"),
-    "odd size": (FRAMES[:, :, :15], TAKEN, "15 x 16"),
-    "tiny size": (FRAMES[:, :, :8, :8], TAKEN, "8 x 8"),
+    "few clips": (FRAMES[:9], TAKEN[:9], "(9, 17, 16, 16, 3)"),
+    "odd size": (FRAMES[:, :, :15], TAKEN, "(12, 17, 15, 16, 3)"),
+    "tiny size": (FRAMES[:, :, :8, :8], TAKEN, "(12, 17, 8, 8, 3)"),
 }
 
 
+def refused(path):
+    """The one line of the ValueError with which a file is refused."""
+    with pytest.raises(ValueError) as error:
+        read_arrays(str(path))
+    assert len(str(error.value).splitlines()) == 1
+    return str(error.value)
+
+
 @pytest.mark.parametrize("case", BAD)
-def test_bad_clips_get_one_clear_line(tmp_path, capsys, case):
+def test_bad_clips_get_one_clear_line(tmp_path, case):
     frames, actions, named = BAD[case]
-    path = save(tmp_path / "bad.npz", frames, actions)
-    with pytest.raises(SystemExit) as end:
-        load_clips(path)
-    lines = capsys.readouterr().err.splitlines()
-    assert end.value.code == 2 and len(lines) == 1
-    assert "bad.npz" in lines[0] and named in lines[0]
+    line = refused(save(tmp_path / "bad.npz", frames, actions))
+    assert "bad.npz" in line and named in line
 
 
-@pytest.mark.parametrize("content, named", [
-    (None, "no such file"), (b"", "not a readable"), (b"PK\3\4 and no more", "not a readable"),
-    ("npy", "not a readable"), ("other names", "`frames` and `actions`"),
-    ("pickle", "not a readable")])
-def test_bad_files_get_one_clear_line(tmp_path, capsys, content, named):
-    path = tmp_path / "bad.npz"
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    elif content == "npy":
-        with open(path, "wb") as f:
-            np.save(f, FRAMES)
-    elif content == "other names":
-        np.savez(path, images=FRAMES)
-    elif content == "pickle":
-        np.savez(path, frames=np.array([{}]), actions=TAKEN)
-    with pytest.raises(SystemExit) as end:
-        load_clips(str(path))
-    lines = capsys.readouterr().err.splitlines()
-    assert end.value.code == 2 and len(lines) == 1 and named in lines[0]
+def header(shape):
+    """The first bytes of an .npy of bytes: what follows is missing."""
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False,
+                                                "shape": shape})
+    return file.getvalue()
+
+
+def zipped(**members):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as z:
+        for name, content in members.items():
+            z.writestr(name.replace("_", "."), content)
+    return file.getvalue()
+
+
+def pickled():
+    file = io.BytesIO()
+    np.savez(file, frames=np.array([{}]), actions=TAKEN)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("content, named", {
+    "no file": (None, "No such file"),
+    "an empty one": (b"", "not readable"),
+    "the beginning of an npz": (b"PK\3\4 and no more", "not readable"),
+    "an npy": (header((2,)) + b"ab", "not readable"),
+    "photographs": (zipped(a_jpg=b"\xff\xd8", b_jpg=b"\xff\xd8"), "not readable"),
+    "text with these names": (zipped(frames_npy=b"hello", actions_npy=b""), "|S5"),
+    "pickles": (pickled(), "not readable"),
+    "more than memory holds": (zipped(frames_npy=header((2 ** 20, 2 ** 20, 2 ** 20)),
+                                      actions_npy=header((1,))), "not readable"),
+    "a size below zero": (zipped(frames_npy=header((-1, 16)), actions_npy=header((1,))), "bad.npz"),
+}.values())
+def test_bad_files_get_one_clear_line(tmp_path, content, named):
+    if content is not None:
+        (tmp_path / "bad.npz").write_bytes(content)
+    assert named in refused(tmp_path / "bad.npz")
+
+
+@pytest.mark.parametrize("write", [np.savez, np.savez_compressed])
+def test_a_corrupt_file_is_refused_in_one_line_or_read(tmp_path, write):
+    """Whatever is wrong with it: bytes changed here and there, or its end missing."""
+    write(tmp_path / "good.npz", frames=FRAMES[:10] // 64 * 64, actions=TAKEN[:10])
+    good, rng, read = (tmp_path / "good.npz").read_bytes(), np.random.default_rng(0), 0
+    for n in range(150):
+        bad = bytearray(good)
+        at = rng.integers(3) * (len(bad) - 700) // 2   # headers are at the beginning and the end
+        for _ in range(rng.integers(1, 8)):
+            bad[at + rng.integers(700)] = rng.integers(256)
+        (tmp_path / "bad.npz").write_bytes(bad[:rng.integers(len(bad))] if n % 5 == 0 else bad)
+        try:
+            read_arrays(str(tmp_path / "bad.npz"))
+            read += 1
+        except ValueError as e:
+            assert len(str(e).splitlines()) == 1 and "bad.npz" in str(e)
+    assert read < 150, "no corruption was noticed"
 
 
 # -- measurements -------------------------------------------------------------------------------
 
 
+def film(n=12):
+    return torch.from_numpy(FRAMES[:n, :GIVEN + GENERATED]).permute(0, 1, 4, 2, 3).clone()
+
+
+class Perfect:
+    """A model whose codes lose nothing."""
+
+    encode = decode = staticmethod(lambda x: x)
+
+
+def measured(imagined, truth):
+    actions = torch.zeros(len(truth), GENERATED, dtype=torch.long)
+    return measure_films(Perfect, make_judge(3), [RollOut("", actions, imagined, truth)])
+
+
 def test_psnr_by_hand():
-    a = torch.zeros(2, 3, 3, 4, 4, dtype=torch.uint8)
-    b = a.clone()
-    b[:, 1] = 255                                      # as wrong as can be: 0 dB
-    b[:, 2] = 51                                       # a fifth of it: 20 log10(5) dB
-    assert psnr(a, b) == pytest.approx([10 * np.log10(255 ** 2 / 1e-2), 0, 13.979], abs=1e-2)
-    b[0, 1] = 0                                        # one of two clips: half the error, 3 dB
-    assert psnr(a, b)[1] == pytest.approx(3.0103, abs=1e-3)
+    truth = film()
+    truth[:, GIVEN:] = 0
+    imagined = truth.clone()
+    imagined[:, GIVEN + 1] = 255                       # as wrong as can be: 0 dB
+    imagined[:, GIVEN + 2] = 51                        # a fifth of it: 20 log10(5) dB
+    found = measured(imagined, truth)["psnr_generated"]
+    assert found[:3] == pytest.approx([10 * np.log10(255 ** 2 / 1e-2), 0, 13.979], abs=1e-2)
+    imagined[:6, GIVEN + 1] = 0                        # half of the clips: half the error, 3 dB
+    assert measured(imagined, truth)["psnr_generated"][1] == pytest.approx(3.0103, abs=1e-3)
 
 
-def test_compare_tells_good_imagination_from_copies_and_blur():
-    frames = torch.from_numpy(FRAMES[:, 1:17]).permute(0, 1, 4, 2, 3)
-    truth, last = frames[:, GIVEN:], frames[:, GIVEN - 1:GIVEN]
-    still = truth.clone()
-    still[:3] = last[:3]                               # three clips in which nothing happens
-    perfect = compare(still, still, still, last)
-    assert perfect["moving_clips"] == 0.75
-    assert min(perfect["psnr_generated"]) > 60 > max(perfect["psnr_copy_last"])
-    assert perfect["sharpness"] == [1.0] * GENERATED
+def test_psnr_is_of_the_clips_in_which_something_happens():
+    truth = film()
+    truth[:3, GIVEN:] = truth[:3, GIVEN - 1:GIVEN]     # three clips in which nothing happens
+    assert is_moving(truth).tolist() == [False] * 3 + [True] * 9
+    found = measured(truth, truth)
+    assert min(found["psnr_generated"]) > 60 > max(found["psnr_copy_last"])
+    assert found["sharpness"] == [1.0] * GENERATED
+    imagined = truth.clone()
+    imagined[:3] = 0
+    assert min(measured(imagined, truth)["psnr_generated"]) > 60, "a still clip was counted"
+
+
+def test_blur_lowers_sharpness():
+    truth = film()
     blurred = F.avg_pool2d(truth.flatten(0, 1).float(), 3, 1, 1).byte().view_as(truth)
-    assert max(compare(blurred, truth, truth, last)["sharpness"]) < 0.5
+    assert max(measured(blurred, truth)["sharpness"]) < 0.5
 
 
 def test_long_clips_are_cut_into_roll_outs():
-    clip = torch.arange(2 * 40).view(2, 40)
-    assert torch.equal(pieces(clip), torch.stack([clip[0, :16], clip[0, 16:32],
-                                                  clip[1, :16], clip[1, 16:32]]))
-    assert torch.equal(pieces(clip, most=3), pieces(clip)[:3])
+    frames, actions = torch.arange(2 * 40).view(2, 40, 1, 1, 1), torch.arange(2 * 39).view(2, 39)
+
+    class Copy(Perfect):
+        names, prior = [], argparse.Namespace(num_actions=0)
+        imagine = staticmethod(lambda given, actions, seed: given)
+
+    run = argparse.Namespace(args=argparse.Namespace(seed=0))
+    [row] = roll_outs(run, Copy, Clips(frames, actions))
+    starts = torch.tensor([0, 16, 40, 56])
+    assert torch.equal(row.truth.flatten(1), starts[:, None] + torch.arange(16))
+    assert torch.equal(row.imagined, row.truth[:, :GIVEN])
+    first = torch.tensor([0, 16, 39, 55])              # the number of a clip's first action
+    assert torch.equal(row.actions, first[:, None] + torch.arange(GIVEN - 1, 15))
 
 
 def test_action_accuracy_counts_roll_outs_nearest_to_their_own_action():
     truths = list(torch.randint(256, (3, 4, 2, 3, 8, 8), dtype=torch.uint8))
-    assert action_accuracy(truths, truths) == 1
-    assert action_accuracy(truths[1:] + truths[:1], truths) == 0
+
+    def accuracy(imagined):
+        return action_accuracy([RollOut("", None, *pair) for pair in zip(imagined, truths)])
+
+    assert accuracy(truths) == 1
+    assert accuracy(truths[1:] + truths[:1]) == 0
     mixed = [truths[0], truths[1].clone(), truths[2]]
     mixed[1][0] = truths[0][0]                         # one of twelve does something else
-    assert action_accuracy(mixed, truths) == pytest.approx(11 / 12)
+    assert accuracy(mixed) == pytest.approx(11 / 12)
 
 
 def test_training_asks_what_a_roll_out_asks():
-    """Over the steps, all frames of a clip are predicted, each as in the whole clip's forward
-    pass."""
+    """Every frame of a clip is predicted in training, each as in the whole clip's forward pass."""
     torch.manual_seed(0)
-    prior = VideoPrior(5, 0, 8, num_layers=1, context=GIVEN).double()
-    codes = torch.randint(5, (3, 9, 4, 4))
-    each = F.cross_entropy(prior(codes), codes, reduction="none").mean((0, 2, 3))      # (T,)
-    losses = {round(train_video.prior_loss(prior, codes, None)[0].item(), 9) for _ in range(80)}
-    assert losses == {round(x, 9) for x in each.tolist()}
+    prior = VideoPrior(5, 2, 8, num_layers=1, context=GIVEN).double()
+    codes, actions = torch.randint(5, (3, 9, 4, 4), dtype=torch.uint8), torch.randint(2, (3, 8))
+    whole = F.cross_entropy(prior(codes.long(), actions), codes.long(), reduction="none")
+    data = Stretches(F.pad(codes, (0, 0, 0, 0, GIVEN, 0), value=5), actions, GIVEN + 1)
+    for k in range(len(data)):
+        loss, stats = train_video.prior_loss(prior, *data[torch.tensor([k])])
+        assert loss.item() == pytest.approx(whole.flatten(0, 1)[k].mean().item(), abs=1e-9), k
+        assert stats["bits_per_code"].item() == pytest.approx(loss.item() / np.log(2))
+    alone = train_video.prior_loss(prior, data[torch.arange(9)][0], None)[0].item()
+    unknown = F.cross_entropy(prior(codes[:1].long()), codes[:1].long()).item()
+    assert alone == pytest.approx(unknown, abs=1e-9)
 
 
-def test_bits_per_code_of_a_uniform_prior():
+def test_bits_of_a_uniform_prior():
     prior = VideoPrior(32, 2, 8, 1)
     for p in prior.pixelcnn.head.parameters():
         torch.nn.init.zeros_(p)
-    codes, actions = torch.randint(32, (11, 8, 4, 4)), torch.randint(2, (11, 7))
-    assert bits_per_code(prior, codes, actions) == pytest.approx(5, abs=1e-5)
+    codes = torch.randint(32, (11, 8, 4, 4), dtype=torch.uint8)
+    actions = torch.randint(2, (11, 7))
+    assert bits_per_code(prior, codes, actions) == pytest.approx(5.0)
+
+
+def test_bits_are_of_the_frames_that_are_not_given():
+    prior = VideoPrior(6, 3, 8, 1).double()
+    codes, actions = torch.randint(6, (5, 8, 3, 3)), torch.randint(3, (5, 7))
+    nats = F.cross_entropy(prior(codes, actions)[:, :, GIVEN:], codes[:, GIVEN:])
+    assert bits_per_code(prior, codes, actions) == pytest.approx(nats.item() / np.log(2))
+
+
+def test_the_judge_learns_what_a_turn_and_a_step_look_like(world):
+    frames, actions, _ = demo_clips(world, 60, 8, 24, 0)
+    pairs = Stretches(frames, torch.from_numpy(actions[:, :-1]), 2)
+    judge, index = make_judge(3), torch.randperm(len(pairs))
+    optimizer = torch.optim.Adam(judge.parameters(), lr=1e-3)
+    for _ in range(120):
+        loss, stats = judge_loss(judge, *pairs[index[:360][torch.randint(360, (32,))]])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    pair, action = pairs[index[360:]]
+    assert judge_accuracy(judge, pair, action[:, None])[0] > 0.8
+    assert judge_accuracy(judge, pair.flip(1), action[:, None])[0] < 0.5, "backwards, left is right"
+
+
+def test_the_judge_is_asked_about_each_step_and_its_own_action():
+    film = torch.randint(256, (5, 4, 3, 16, 16), dtype=torch.uint8)
+    actions = torch.randint(9, (5, 3))
+    key = {to_unit(film[n, t:t + 2]).sum().item(): actions[n, t].clone()
+           for n in range(5) for t in range(3)}
+
+    class Oracle(torch.nn.Linear):
+        def forward(self, pairs):
+            return F.one_hot(torch.stack([key[pair.sum().item()] for pair in pairs]), 9)
+
+    assert judge_accuracy(Oracle(1, 1), film, actions) == [1, 1, 1]
+    actions[:2, 1] += 1                                # two of five do something else in step 1
+    assert judge_accuracy(Oracle(1, 1), film, actions) == pytest.approx([1, 0.6, 1])
 
 
 # -- the whole run ------------------------------------------------------------------------------
 
-TINY = ("--warmup-steps 2 --steps 3 --prior-steps 2 --hidden 8 --res-hidden 8 --prior-channels 8 "
-        "--prior-layers 1 --num-codes 16 --code-dim 8 --batch-size 8 --prior-batch-size 2 "
-        "--device cpu").split()
+TINY = ("--steps 3 --prior-steps 2 --hidden 8 --res-hidden 8 "
+        "--prior-channels 8 --prior-layers 1 --num-codes 16 --code-dim 8 --batch-size 8 "
+        "--prior-batch-size 2 --device cpu").split()
 
 
-def script(*flags):
-    return subprocess.run([sys.executable, str(ROOT / "train_video.py"), *map(str, flags)],
-                          capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+@pytest.fixture
+def script(monkeypatch, capsys):
+    """python train_video.py FLAGS, in this process -> exit status, standard output and error."""
+    def run(*flags):
+        monkeypatch.setattr(sys, "argv", ["train_video.py", *map(str, flags)])
+        threads, status, runs = torch.get_num_threads(), 0, []
+
+        def main(run, data):
+            runs.append(run)
+            train_video.main(run, data)
+
+        try:
+            launch(train_video.make_parser(), train_video.load_data, main, train_video.use)
+        except SystemExit as e:
+            status = e.code
+        for one in runs:                               # what the end of a process does
+            if getattr(one, "lock", None):
+                os.close(one.lock)
+        torch.set_num_threads(threads)
+        return status, *capsys.readouterr()
+    return run
 
 
 def read(folder):
     metrics = json.loads((folder / "metrics.json").read_text())
     with Image.open(folder / "rollout.gif") as gif:
-        assert gif.n_frames == GIVEN + GENERATED
+        films = gif.n_frames / (GIVEN + GENERATED)
+        assert films == int(films) > 0
     for name in ("rollout", "rollout_long", "reconstructions", "curves"):
         with Image.open(folder / f"{name}.png") as image:
             assert image.width > 100 and sum(n > 0 for n in image.convert("L").histogram()) > 10
     with open(folder / "log.csv") as f:
-        assert [row["stage"] for row in csv.DictReader(f)][-1] == "prior"
+        log = list(csv.DictReader(f))
+    assert "prior" in [row["stage"] for row in log] and log[-1]["valid_loss"]
     for name in ("psnr_generated", "psnr_copy_last", "psnr_reconstruction", "sharpness"):
         assert len(metrics[name]) == GENERATED
-    assert metrics["frames_per_second_cached"] > 0 and metrics["frames_per_second_naive"] > 0
-    assert 0 < metrics["bits_per_code"] < 20
+    assert 0 < metrics["bits_per_code"] < 20 and 0 < metrics["valid_bits_per_code"] < 20
     return metrics
 
 
-def test_demo_from_nothing_to_roll_outs(tmp_path):
-    result = script(*TINY, "--demo-clips", 10, "--out", tmp_path)
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """A whole run of the demo, through the command line."""
+    out = tmp_path_factory.mktemp("demo")
+    result = subprocess.run([sys.executable, str(ROOT / "train_video.py"), *TINY, "--demo-clips",
+                             "10", "--out", str(out)], capture_output=True, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stderr
-    metrics = read(tmp_path)
+    return out
+
+
+def test_demo_from_nothing_to_roll_outs(demo):
+    metrics = read(demo)
     assert 0 <= metrics["action_accuracy"] <= 1
-    assert {"bits_per_code_shuffled_actions", "bits_per_code_without_actions"} <= set(metrics)
+    assert "bits_per_code_shuffled_actions" in metrics
+    assert {"unseen_action_accuracy", "unseen_psnr_generated", "unseen_bits_per_code",
+            "unseen_judge_imagined"} <= set(metrics), "the second row: mazes never seen"
+    assert all(len(metrics[f"judge_{k}"]) == GENERATED for k in ("real", "imagined"))
 
 
-def test_own_clips_and_the_same_numbers_after_resume(tmp_path):
+def test_own_clips_and_the_same_numbers_after_resume(script, tmp_path):
     data = save(tmp_path / "clips.npz", *clips(20))
-    result = script(*TINY, "--data", data, "--out", tmp_path / "one")
-    assert result.returncode == 0, result.stderr
+    status, _, error = script(*TINY, "--data", data, "--out", tmp_path / "one")
+    assert status == 0, error
     first = read(tmp_path / "one")
     assert "action_accuracy" not in first, "nobody knows what would have happened"
-    result = script("--resume", "--out", tmp_path / "one")
-    assert result.returncode == 0, result.stderr
+    assert not [name for name in first if name.startswith("unseen")]
+    status, _, error = script("--resume", "--out", tmp_path / "one")
+    assert status == 0, error
     again = read(tmp_path / "one")
-    for name in ("bits_per_code", "psnr_generated", "sharpness_long"):
+    for name in ("bits_per_code", "psnr_generated", "judge_imagined"):
         assert again[name] == first[name], f"{name} is another after --resume"
 
 
-def test_no_actions(tmp_path):
-    data = save(tmp_path / "clips.npz", *clips(20))
-    result = script(*TINY, "--data", data, "--out", tmp_path / "out", "--no-actions")
-    assert result.returncode == 0, result.stderr
-    assert "bits_per_code_shuffled_actions" not in read(tmp_path / "out")
+def test_no_actions_one_code_and_black_first_frames_are_no_obstacle(script, tmp_path):
+    frames, actions = clips(20)
+    frames[:, 0] = 0
+    data = save(tmp_path / "clips.npz", frames, actions)
+    status, _, error = script(*TINY, "--data", data, "--out", tmp_path / "out", "--no-actions",
+                              "--num-codes", 1)
+    assert status == 0, error
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert "bits_per_code_shuffled_actions" not in metrics
+    assert metrics["bits_per_code"] == pytest.approx(0, abs=1e-6)
 
 
-def test_bad_clips_end_the_script_with_status_2(tmp_path):
-    data = save(tmp_path / "clips.npz", FRAMES, TAKEN[:, :10])
-    result = script(*TINY, "--data", data, "--out", tmp_path / "out")
-    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
+def test_what_cannot_work_is_one_line_and_leaves_nothing(script, demo, tmp_path):
+    good, bad = save(tmp_path / "good.npz", FRAMES, TAKEN), tmp_path / "bad.npz"
+    save(bad, FRAMES, TAKEN[:, :10])
+    before = {file: file.read_bytes() for file in demo.rglob("*") if file.is_file()}
+    for flags, named in (
+            (["--data", bad], "(12, 10)"),
+            (["--data", good, "--prior-batch-size", 10 ** 6], "--prior-batch-size"),
+            (["--data", good, "--batch-size", 10 ** 6], "--batch-size"),
+            (["--data", good, "--prior-channels", 1], "do not work"),
+            (["--data", good, "--prior-channels", 10 ** 9], "memory"),
+            (["--data", tmp_path / "no\nsuch.npz"], "No such file"),
+            (["--resume", "--out", demo, "--data", good], "the data is not that of this run"),
+            (["--resume", "--out", demo, "--prior-channels", 16], "--prior-channels 16"),
+            (["--play", "left", "--out", tmp_path / "out"], "there is no"),
+            (["--play", "left,hop", "--out", demo], "forward, left, right"),
+            (["--play", "--out", demo], "no display"),
+            (["--play", "left", "--out", demo, "--temperature", -1], "--temperature")):
+        flags = flags if "--out" in flags else [*TINY, "--out", tmp_path / "out", *flags]
+        status, _, error = script(*flags)
+        assert status == 2 and len(error.splitlines()) == 1 and named in error, (flags, error)
+        assert not (tmp_path / "out").exists(), flags
+    assert before == {file: file.read_bytes() for file in demo.rglob("*") if file.is_file()}
+
+
+# -- using a finished run -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model(demo):
+    return load(demo, "cpu")
+
+
+@pytest.fixture(scope="module")
+def clips_of_test(model):
+    return load_parts(model.args, ["test"])[0]["test"]
+
+
+def test_load_gives_the_model_that_was_measured(demo, model, clips_of_test):
+    metrics = json.loads((demo / "metrics.json").read_text())
+    codes = model.encode(clips_of_test.frames)
+    found = train_video.measure_codes(model, clips_of_test, codes)
+    assert {k: metrics[k] for k in found} == pytest.approx(found, rel=1e-4)
+    assert not any(net.training for net in model[:2])
+    assert not any(p.requires_grad for net in model[:2] for p in net.parameters())
+
+
+def test_imagine_goes_from_frames_to_frames(model, clips_of_test):
+    actions = torch.tensor([[1, 1, 0], [2, 0, 0]])
+    given = clips_of_test.frames[:2, :GIVEN]
+    film = model.imagine(given, actions, seed=4)
+    assert film.shape == (2, GIVEN + 3, 3, 24, 48) and film.dtype == torch.uint8
+    assert torch.equal(film[:, :GIVEN], given)
+    plan = torch.cat([torch.full((2, GIVEN - 1), -1), actions], 1)
+    z = model.encode(given).long()
+    z = model.prior.sample(z, plan, 3, generator=torch.Generator().manual_seed(4))
+    assert torch.equal(film[:, GIVEN:], model.decode(z)), "not what the prior samples"
+    assert torch.equal(film[:, :GIVEN + 2], model.imagine(given, actions[:, :2], seed=4))
+
+
+@pytest.mark.parametrize("spoil, said", [
+    (lambda file: file.unlink(), "there is no"), (lambda file: file.write_bytes(b"PK"), "corrupt"),
+    (lambda file: torch.save({**torch.load(file), "step": 1}, file), "step 1 of 2"),
+    (lambda file: torch.save({**torch.load(file), "best": None, "model": {}}, file),
+     "not readable")])
+def test_load_refuses_what_is_no_finished_run(demo, tmp_path, spoil, said):
+    shutil.copytree(demo, tmp_path / "run")
+    spoil(tmp_path / "run" / "checkpoint-prior.pt")
+    with pytest.raises(ValueError, match=said) as error:
+        load(tmp_path / "run")
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_actions_have_names_numbers_and_arrow_keys(play):
+    found = [play.words.get(w) for w in ("forward", "left", "2", "up", "right")]
+    assert found == [0, 1, 2, 0, 2]
+    assert [play.words.get(w) for w in ("3", "down", "", "-1", None)] == [None] * 5
+
+
+def press(play, *keys):
+    canvas = play.axis.figure.canvas
+    for key in keys:
+        canvas.callbacks.process("key_press_event", KeyEvent("key_press_event", canvas, key))
+
+
+@pytest.fixture
+def play(model, clips_of_test):
+    figure = Figure()
+    FigureCanvasAgg(figure)
+    play = Play(model, clips_of_test, temperature=0.8)
+    play.open(figure)
+    return play
+
+
+def shown(play):
+    """The picture, its codes in colour and the ground truth: (3, 24, 48, 3)."""
+    return np.stack(np.split(np.asarray(play.axis.images[0].get_array()), 3, axis=1))
+
+
+def test_arrow_keys_imagine_one_frame_each(play, model, clips_of_test):
+    press(play, "left", "left", "up", "right", "x", "f5")
+    actions = torch.tensor([[LEFT, LEFT, FORWARD, RIGHT]])
+    expected = model.imagine(clips_of_test.frames[:1, :GIVEN], actions, temperature=0.8)[0]
+    assert torch.equal(play.film, expected), "not what a roll-out of the same actions gives"
+    assert np.array_equal(shown(play)[0], expected[-1].permute(1, 2, 0)), "shows another frame"
+    truth = clips_of_test.truth(actions)[0]
+    assert torch.equal(play.truth(), truth)
+    assert np.array_equal(shown(play)[2], truth[-1].permute(1, 2, 0))
+
+
+def test_codes_are_shown_as_colours_a_colour_for_each(play):
+    press(play, "left")
+    codes, sheet = play.codes[0, -1], shown(play)[1][::train_video.FACTOR, ::train_video.FACTOR]
+    assert sheet.shape == (6, 12, 3)
+    for code in codes.unique():
+        assert len(np.unique(sheet[codes == code], axis=0)) == 1, "two colours for one code"
+    assert len(np.unique(play.colors, axis=0)) == len(play.colors), "one colour for two codes"
+
+
+def test_the_key_n_shows_the_next_clip(play, clips_of_test):
+    press(play, "left", "n")
+    assert len(play.film) == GIVEN and play.n == 1 and play.actions == []
+    assert np.array_equal(shown(play)[0], clips_of_test.frames[1, GIVEN - 1].permute(1, 2, 0))
+    press(play, *"n" * (len(clips_of_test.frames) - 1))
+    assert play.n == 0, "after the last clip comes the first"
+
+
+def test_play_writes_the_walk_as_a_gif(script, demo):
+    status, out, error = script("--play", "left, 1,up,forward", "--out", demo)
+    assert status == 0 and "play.gif" in out, error
+    with Image.open(demo / "play.gif") as gif:
+        assert gif.n_frames == GIVEN + 4
+    (demo / "play.gif").unlink()
