@@ -38,7 +38,7 @@ from vqvae import (Encoder, Parser, count_codes, digest, find_files, fraction, l
 PAPER = dict(steps=500_000, prior_steps=250_000, batch_size=16, lr=2e-4,
              sample_rate=16_000, num_codes=512, code_dim=64, hidden=256, channels=64,
              skip_channels=256, layers=30, cycle=10, past_dropout=0.0, prior_channels=256,
-             crop=10_240, clip=40_960, test_clips=10, temperature=0.8)
+             crop=10_240, clip=40_960, test_clips=10, temperature=0.8, demo_utterances=300)
 PRESETS = {
     # 8 kHz -> 62.5 codes of 7 bits a second, 146 times fewer bits than 8-bit speech. The decoder
     # looks back 256 samples, three periods of the deepest voice and less than half a phone: it
@@ -47,7 +47,7 @@ PRESETS = {
                  codebook="ema", sample_rate=8000, strides=(2,) * 7, num_codes=128,
                  code_dim=8, hidden=64, channels=32, skip_channels=64, layers=8, cycle=8,
                  past_dropout=0.1, prior_channels=64, crop=1024, clip=16_000, test_clips=40,
-                 temperature=0.8),
+                 temperature=0.8, demo_utterances=300),
     # "6 strided convolutions with stride 2": 64x. Widths, batch, crop, steps are not in the paper.
     "paper": dict(PAPER, strides=(2,) * 6),
     # "128 times smaller", chunks of 40,960 samples: 320 codes.
@@ -71,7 +71,10 @@ def main(run, data):
     judge = fit_judge(run, data)                       # not a part of the model
     if run.rank != 0:
         return
-    clips = pick_clips(run, vqvae, data)
+    windows = data.windows(run.args.clip, run.args.clip)[2]            # --test-clips, evenly spread
+    count = few(run, min(run.args.test_clips, len(windows)))
+    clips = windows[torch.linspace(0, len(windows) - 1, count).long()]
+    clips = Clips(*clips, in_batches(vqvae.encode, run.device, 16, clips[0]))
     metrics = rates(run, vqvae, prior, data, codes, clips)
 
     # Experiments 1 and 3: the codes of each clip are decoded in its own voice, column 0, and in
@@ -158,9 +161,8 @@ class SpeechVQVAE(nn.Module):
 def fit_vqvae(run, data):
     """Stage one. While the VQ-VAE is trained, the prior is "kept constant and uniform"."""
     args, model = run.args, SpeechVQVAE(run.args, len(data.speakers))
-    run.say(f"{len(data.speakers)} speakers, {len(data.levels) / data.rate / 60:.1f} minutes; "
-            f"{data.rate / data.hop:g} codes per second; the decoder sees the last "
-            f"{model.decoder.receptive_field} samples")
+    run.say(f"{len(data.speakers)} speakers, {len(data.levels) / data.rate / 60:.1f} minutes; the "
+            f"decoder sees the last {model.decoder.receptive_field} samples")
 
     def loss(net, x, speaker, start):
         loss, nll, codes = net(x, speaker)
@@ -174,8 +176,8 @@ def fit_vqvae(run, data):
 
 def encode_all(run, vqvae, data):
     """The code of every hop of data.levels, zeros where that belongs to no part: (S / hop,)."""
-    hop = data.hop
-    codes = torch.zeros(len(data.levels) // hop, dtype=smallest_int(run.args.num_codes))
+    hop, kind = data.hop, smallest_int(run.args.num_codes)
+    codes = torch.zeros(len(data.levels) // hop, dtype=kind)
     size = max(1, 2 ** 16 // hop)                      # codes at a time, to bound the memory
     for first, length in sum(data.parts, []):
         for at in range(first // hop, (first + length) // hop, size):
@@ -187,8 +189,13 @@ def encode_all(run, vqvae, data):
 def fit_prior(run, data, codes):
     """Stage two: an autoregressive p(codes), "on chunks of 40960 timesteps"."""
     args, N = run.args, run.args.clip // data.hop
+
+    def loss(net, codes, *_):
+        loss = F.cross_entropy(net(codes.long()), codes.long())        # nats per code
+        return loss, {"bits_per_code": loss.detach() / math.log(2)}
+
     train, valid, _ = data.windows(N, 1, codes)
-    return run.fit("prior", make_prior(args, N), prior_loss, train, args.prior_steps,
+    return run.fit("prior", make_prior(args, N), loss, train, args.prior_steps,
                    args.batch_size, args.lr, valid).requires_grad_(False)
 
 
@@ -198,20 +205,7 @@ def make_prior(args, length):
     return WaveNet(args.num_codes, C, 2 * cycle, cycle, skip_channels=2 * C)
 
 
-def prior_loss(net, codes, *_):
-    loss = F.cross_entropy(net(codes.long()), codes.long())            # nats per code
-    return loss, {"bits_per_code": loss.detach() / math.log(2)}
-
-
 # -- The experiments, what is measured of them, and their pictures ----------------------------
-
-
-def pick_clips(run, vqvae, data):
-    """--test-clips, evenly spread."""
-    windows = data.windows(run.args.clip, run.args.clip)[2]
-    count = few(run, min(run.args.test_clips, len(windows)))
-    found = windows[torch.linspace(0, len(windows) - 1, count).long()]
-    return Clips(*found, in_batches(vqvae.encode, run.device, 16, found[0]))
 
 
 def few(run, n):
@@ -236,10 +230,10 @@ def draw(run, vqvae, codes, voices):
 def save_reconstructions(run, data, clips, voices, drawn):
     """The paper's fig. 6, for a clip of each of up to four speakers."""
     rows = []
-    for i in [int((clips.speaker == s).nonzero()[0]) for s in clips.speaker.unique()[:4]]:
-        rows.append([(f"original: {data.speakers[clips.speaker[i]]}", to_wave(clips.levels[i]))])
-        for s, x in zip(voices[i], to_wave(drawn[i, :2])):
-            rows[-1].append((f"decoded as {data.speakers[s]}", x))
+    for i in (int((clips.speaker == s).nonzero()[0]) for s in clips.speaker.unique()[:4]):
+        rows.append([(f"original: {data.speakers[clips.speaker[i]]}", to_wave(clips.levels[i]))]
+                    + [(f"decoded as {data.speakers[s]}", to_wave(x))
+                       for s, x in zip(voices[i], drawn[i, :2])])
     sheet(run.write, "reconstructions", data.rate, rows)
 
 
@@ -259,19 +253,20 @@ def rates(run, vqvae, prior, data, codes, clips):
     def bits(z, speaker):
         return in_batches(vqvae.bits, run.device, 4, clips.levels, z, speaker).mean().item()
 
-    S, (M, N) = len(data.speakers), clips.codes.shape
+    def prior_nats(z):
+        return F.cross_entropy(prior(z.long()), z.long(), reduction="none")
+
+    S, N = len(data.speakers), clips.codes.shape[1]
     counts = count_codes(data.windows(1, 1, codes)[2].all()[0].long(), run.args.num_codes)
     found = {"bits_per_sample": bits(clips.codes, clips.speaker),
              "bits_per_sample_other_codes": bits(clips.codes.roll(1, 0), clips.speaker),
              "codes_used": int((counts > 0).sum()), "num_codes": run.args.num_codes,
              "perplexity": perplexity(counts).item(),
              "unigram_bits_per_code": perplexity(counts).log2().item(),
-             "prior_bits_per_code": in_batches(
-                 lambda z: prior_loss(prior, z)[1]["bits_per_code"].expand(len(z)), run.device, 64,
-                 data.windows(N, N, codes)[2].all()[0]).mean().item()}
-    if S > 1:
-        found["bits_per_sample_wrong_speaker"] = bits(clips.codes, (clips.speaker + 1) % S)
-    return found
+             "prior_bits_per_code": in_batches(prior_nats, run.device, 64, data.windows(
+                 N, N, codes)[2].all()[0]).mean().item() / math.log(2)}
+    return found if S == 1 else found | {
+        "bits_per_sample_wrong_speaker": bits(clips.codes, (clips.speaker + 1) % S)}
 
 
 def read_phones(run, data, codes):
@@ -317,14 +312,18 @@ class Judge(nn.Sequential):
                          nn.Conv1d(hidden, hidden, 5, padding=2), nn.ReLU(),
                          nn.Conv1d(hidden, speakers + phones, 1))
         self.speakers, self.step = speakers, rate // 100
-        self.register_buffer("filters", mel(rate), persistent=False)
+        top, f = 2595 * math.log10(1 + rate / 1400), torch.linspace(0, rate / 2, 129)
+        edges = 700 * (10 ** (torch.linspace(0, top, 34) / 2595) - 1)  # Hz, even on the mel scale
+        rise = (f - edges[:-1, None]) / edges.diff()[:, None]          # from each to the next
+        triangles = torch.minimum(rise[:-1], 1 - rise[1:]).clamp(min=0)
+        self.register_buffer("mel", triangles, persistent=False)       # (32, 129)
 
     def forward(self, x):
         """(B, T) levels -> logits of the speakers (B, S) and of the phones (B, P, frames)."""
         x = to_wave(x)
         if self.training:                              # else hiss would pass for a fricative
             x = x + 0.02 * torch.rand(len(x), 1, device=x.device) ** 2 * torch.randn_like(x)
-        out = super().forward((self.filters @ spectrum(x, self.step) + 0.03).log())
+        out = super().forward((self.mel @ spectrum(x, self.step) + 0.03).log())
         return out[:, :self.speakers].mean(2), out[:, self.speakers:]
 
 
@@ -360,7 +359,7 @@ def judge_speech(run, judge, data, clips, voices, drawn):
         if x.numel() and data.phones:
             wanted = spoken.repeat_interleave(x.shape[1], 0)
             wrong = (phones[:, :wanted.shape[1]] != wanted)[wanted != UNLABELLED]
-            found[f"{name}_phone_error"] = wrong.float().mean().item()
+            found[f"phone_error_{name}"] = wrong.float().mean().item()
     return found
 
 
@@ -370,21 +369,17 @@ def spectrum(x, step):
                       pad_mode="constant", return_complex=True).abs()
 
 
-def mel(rate, bands=32):
-    """Triangular filters, evenly spaced on the mel scale, for `spectrum`: (bands, 129)."""
-    top = 2595 * math.log10(1 + rate / 1400)           # of rate / 2
-    edges = 700 * (10 ** (torch.linspace(0, top, bands + 2) / 2595) - 1)       # Hz
-    left, middle, right = edges[:-2, None], edges[1:-1, None], edges[2:, None]
-    f = torch.linspace(0, rate / 2, 129)
-    return torch.minimum((f - left) / (middle - left), (right - f) / (right - middle)).clamp(min=0)
-
-
 def sheet(write, name, rate, rows):
     """Waveforms above spectrograms, as the paper's fig. 6, and each as a WAV file: rows of
     (title, x (T,)). write(name, writer) puts a file in its place."""
+    def write_wav(file):  # x in [-1, 1] as 16 bits
+        with wave.open(file, "wb") as out:
+            out.setparams((1, 2, rate, 0, "NONE", ""))
+            out.writeframes((x.clamp(-1, 1) * 32767).round().short().numpy().tobytes())
+
     for i, row in enumerate(rows):
         for title, x in row:
-            write(f"{name}_{i}_{safe_name(title)}.wav", lambda f: write_wav(f, x, rate))
+            write(f"{name}_{i}_{safe_name(title)}.wav", write_wav)
     rows, columns = rows[:8], len(rows[0])
     figure = Figure((4.5 * columns, 3 * len(rows)), layout="constrained")
     axes = figure.subplots(2 * len(rows), columns, squeeze=False,
@@ -437,10 +432,11 @@ class Trained(NamedTuple):
                            generator)
 
     def likeliest_voice(self, x, codes):
-        """The speaker under whom p(x | codes, speaker) is largest."""
-        bits = [self.vqvae.bits(x[None], codes[None], torch.tensor([s], device=self.device))
-                for s in range(len(self.speakers))]
-        return self.speakers[int(torch.cat(bits).argmin())]
+        """The speaker under whom p(x | codes, speaker) is largest, over a few seconds."""
+        N = 1 + 4 * self.args.sample_rate // self.vqvae.hop
+        x, z = x[None, :N * self.vqvae.hop], codes[None, :N]
+        return min(self.speakers, key=lambda name: self.vqvae.bits(
+            x, z, torch.tensor([self.speakers.index(name)], device=self.device)).item())
 
 
 def load(folder="runs/audio", device="auto"):
@@ -459,25 +455,23 @@ def use(args):
     """--sample, --reconstruct, --convert: sounds and a picture from the run in --out."""
     model, rows = load(args.out, args.device), []
     rate, generator = model.args.sample_rate, torch.Generator(model.device).manual_seed(args.seed)
-    if args.convert and args.to is None:
+    if args.convert and not args.to:
         raise ValueError(f"--convert needs --to, one of {', '.join(model.speakers[:20])}")
     if args.sample:
         rows = [[("from nothing", x)] for x in model.sample(
             args.sample, args.to, model.args.clip / rate, args.temperature, generator)]
-    for file in map(Path, (args.reconstruct or []) + (args.convert or [])):
+    for file in filter(None, (args.reconstruct, args.convert)):
         x, codes = model.encode(*read_sound(file))
-        N = 1 + 4 * rate // model.vqvae.hop            # four seconds are enough to know a voice
-        name = args.to or model.likeliest_voice(x[:N * model.vqvae.hop], codes[:N])
-        print(f"{file}: {len(codes)} codes, in the voice {name}", flush=True)
+        name = args.to or model.likeliest_voice(x, codes)
         y = model.decode(codes[None], name, args.temperature, generator)[0]
-        rows.append([(f"original: {file.stem}", to_wave(x.cpu())), (f"decoded as {name}", y)])
+        rows.append([(f"original: {Path(file).stem}", to_wave(x.cpu())), (f"decoded as {name}", y)])
 
     def write(name, writer):
+        print(Path(args.out, name))
         with open(Path(args.out, name), "wb") as f:
             writer(f)
 
     sheet(write, "new", rate, rows)
-    print(f"{len(sum(rows, []))} sounds, new_*.wav, and new.png are in {args.out}")
 
 
 # -- Waveforms: levels, resampling, reading and writing recordings ----------------------------
@@ -567,13 +561,6 @@ def read_wav(data):
     return full.view("<i4")[..., 0].astype(np.float32) / 2 ** 31, rate
 
 
-def write_wav(file, x, rate):
-    """x (T,) in [-1, 1] as 16 bits."""
-    with wave.open(file if hasattr(file, "write") else str(file), "wb") as out:
-        out.setparams((1, 2, rate, 0, "NONE", ""))
-        out.writeframes((x.clamp(-1, 1) * 32767).round().short().cpu().numpy().tobytes())
-
-
 # -- The data: one stream of speech, of each speaker a stretch for each part ------------------
 
 
@@ -598,9 +585,8 @@ class Speech(NamedTuple):
     def few(self):
         """A little of three speakers."""
         most = self.longest + 2 * self.hop
-        return self._replace(parts=[[(first, min(length, most) * (speaker < 3))
-                                     for speaker, (first, length) in enumerate(part)]
-                                    for part in self.parts])
+        return self._replace(parts=[[(first, min(length, most * (speaker < 3))) for speaker, (
+            first, length) in enumerate(part)] for part in self.parts])
 
     def windows(self, size, step, codes=None):
         """Windows of the levels, or of their codes, for training, validation and testing."""
@@ -636,6 +622,8 @@ class Windows(torch.utils.data.Dataset):
 def load_data(run):
     """The demo's speech or a folder's, cut into training, validation and test stretches."""
     args, hop, at = run.args, math.prod(run.args.strides), 0
+    if args.crop % hop or args.clip % hop:
+        raise ValueError(f"--crop and --clip must be multiples of {hop}, the product of --strides")
     levels, lengths, names, *labels = (read_folder if args.data else demo_data)(run)
     parts, longest = ([], [], []), max(args.crop, args.clip)
     for name, n in zip(names, lengths):                # the end of each speaker is for testing
@@ -713,31 +701,27 @@ def make_parser():
     parser = Parser("audio", PRESETS, description=__doc__)
     parser.uses = ("sample", "reconstruct", "convert")
     parser.free = parser.free | {"labels", "temperature", "test_clips", "to"}
-    def flag(name, kind, text, **more):
-        parser.add_argument(f"--{name}", type=kind, help=text, **more)
-
     count, rate = positive(int), number(int, "rate", lambda hz: 1000 <= hz <= 384_000)
-    flag("labels", path, "phone alignments of --data: DIR/<speaker>/../<name>.lab with lines "
-         "'end phone' or 'start end phone', in seconds", metavar="DIR")
-    flag("sample-rate", rate, "Hz; files of another rate are resampled")
-    flag("strides", strides, "of the encoder (paper 2,2,2,2,2,2); their product is the hop, the "
-         "samples that share a code")
-    flag("channels", count, "residual channels of the decoder")
-    flag("skip-channels", count, "skip channels of the decoder")
-    flag("layers", count, "layers of the decoder")
-    flag("cycle", count, "its dilations are 1, 2 .. 2^(CYCLE-1), and again")
-    flag("past-dropout", fraction, "share of the past samples that the decoder sees at random "
-         "values in training (paper 0)")
-    flag("crop", count, "samples of a training example, a multiple of the hop")
-    flag("clip", count, "samples of a test clip and of the prior's examples (paper 40,960)")
-    flag("test-clips", count, "clips that are reconstructed and converted")
-    flag("temperature", positive(float), "of the decoder's samples")
-    flag("demo-utterances", count, "each as long as a clip", default=300)
-    flag("sample", count, "draw so many clips from the run in --out")
-    flag("reconstruct", path, "send recordings through the codes of the run in --out, in the voice "
-         "that fits them best", nargs="+", metavar="FILE")
-    flag("convert", path, "the same, in the voice --to", nargs="+", metavar="FILE")
-    flag("to", str, "a speaker of the run in --out", metavar="SPEAKER")
+    for name, kind, text in (
+            ("labels", path, "folder of phone alignments of --data: <speaker>/../<name>.lab with "
+             "lines 'end phone' or 'start end phone', in seconds"),
+            ("sample-rate", rate, "Hz; files of another rate are resampled"),
+            ("strides", strides, "of the encoder (paper 2,2,2,2,2,2); their product is the hop"),
+            ("channels", count, "residual channels of the decoder"),
+            ("skip-channels", count, "skip channels of the decoder"),
+            ("layers", count, "layers of the decoder"),
+            ("cycle", count, "its dilations are 1, 2 .. 2^(CYCLE-1), and again"),
+            ("past-dropout", fraction, "share of past samples the decoder gets wrong (paper 0)"),
+            ("crop", count, "samples of a training example"),
+            ("clip", count, "samples of a test clip and of the prior's examples (paper 40,960)"),
+            ("test-clips", count, "clips that are reconstructed and converted"),
+            ("temperature", positive(float), "of the decoder's samples"),
+            ("demo-utterances", count, "utterances of the demo, each as long as a clip"),
+            ("sample", count, "draw so many clips from the run in --out"),
+            ("reconstruct", path, "a recording through its codes, in the voice that fits it best"),
+            ("convert", path, "a recording through its codes, in the voice --to"),
+            ("to", path, "a speaker of the run in --out")):
+        parser.add_argument(f"--{name}", type=kind, help=text)
     return parser
 
 
@@ -783,19 +767,18 @@ def demo_data(run):
 def demo_speech(count, seed=0, seconds=2.0, rate=8000):
     """`count` utterances, voices in turn: waves (count, T) float32 in [-1, 1], speakers (count,)
     int64, and what phone is spoken at each sample, (count, T) uint8 index into PHONES."""
-    rng = np.random.default_rng(seed)
-    length, names = int(seconds * rate), list(PHONES)
+    rng, names = np.random.default_rng(seed), list(PHONES)
     speakers = np.arange(count) % len(VOICES)
-    phones = np.zeros((count, length), np.uint8)
+    phones = np.zeros((count, int(seconds * rate)), np.uint8)
     for row in phones:
         at = int(rng.uniform(0.05, 0.15) * rate)       # starts with a pause
-        while at < length - 0.15 * rate:
+        while at < len(row) - 0.15 * rate:
             word = WORDS[rng.integers(len(WORDS))]
             for name in [*word] + ["pause"] * (rng.random() < 0.4):
                 n = int(PHONES[name][4] / 1000 * rate * rng.uniform(0.75, 1.25))
                 row[at:at + n] = names.index(name)
                 at += n
-        row[length - int(0.05 * rate):] = 0
+        row[len(row) - int(0.05 * rate):] = 0
     return synthesise(phones, speakers, rng, rate), speakers, phones
 
 
@@ -813,13 +796,14 @@ def synthesise(phones, speakers, rng, rate, frame=8):
     # Source: a saw tooth (glottal pulse and radiation together fall by 6 dB an octave) whose
     # pitch sinks through the utterance and wanders a little, and noise.
     wander = smooth(rng.standard_normal((*track.shape[:2], 1)), 0.25 * fps)[..., 0]
-    wander = wander.repeat(frame, 1)[:, :T]
-    fall = np.linspace(1.05, 0.95, T)
-    step = pitch * (fall + 0.02 * wander * np.sqrt(0.25 * fps)) / rate         # turns a sample
+    wander = np.sqrt(0.25 * fps) * wander.repeat(frame, 1)[:, :T]
+    step = pitch * (np.linspace(1.05, 0.95, T) + 0.02 * wander) / rate         # turns a sample
     phase = (np.cumsum(step, 1) + rng.random((B, 1))) % 1
+    # Its jump is rounded over two samples, the last and the next one, so that it does not alias.
+    after, before = (1 - phase / step).clip(0), (1 - (1 - phase) / step).clip(0)
+    saw = 1 - 2 * phase - after ** 2 + before ** 2
     noise = rng.standard_normal((B, T), np.float32)
-    source = voiced * (saw(phase, step) + breath * noise) + hiss * noise
-    source = np.ascontiguousarray(source.T, np.float32)                        # (T, B)
+    source = np.ascontiguousarray((voiced * (saw + breath * noise) + hiss * noise).T, np.float32)
 
     # A little noise of the room, and the same loudness for all.
     wave = resonate(source, tuning, rate, frame).T
@@ -830,28 +814,16 @@ def synthesise(phones, speakers, rng, rate, frame=8):
 def resonate(source, tuning, rate, frame):
     """Three resonators in a row: source (T, B); F1-F3 and bandwidths in Hz (B, frames, 6), each
     for `frame` samples -> (T, B)."""
-    T, B = source.shape
     r = np.exp(-np.pi * tuning[..., 3:] / rate)
-    b = 2 * r * np.cos(2 * np.pi * np.minimum(tuning[..., :3] / rate, 0.47))
-    c = -r * r
+    b, c = 2 * r * np.cos(2 * np.pi * np.minimum(tuning[..., :3] / rate, 0.47)), -r * r
     resonators = np.ascontiguousarray(np.stack([1 - b - c, b, c]).transpose(2, 3, 0, 1))
-    last, older = np.zeros((2, 3, B), np.float32)
-    wave = np.empty((T, B), np.float32)
-    for t in range(T):                                 # all utterances take a step together
-        x = source[t]
+    (last, older), wave = np.zeros((2, 3, source.shape[1]), np.float32), np.empty_like(source)
+    for t, x in enumerate(source):                     # all utterances take a step together
         for k, (gain, b, c) in enumerate(resonators[t // frame]):
             x = gain * x + b * last[k] + c * older[k]
             older[k], last[k] = last[k], x
         wave[t] = x
     return wave
-
-
-def saw(phase, step):
-    """A falling saw tooth, its jump rounded over two samples so that it does not alias."""
-    wave = 1 - 2 * phase
-    after, before = phase / step, (1 - phase) / step   # samples since, and until, the jump
-    wave -= np.where(after < 1, (1 - after) ** 2, 0)
-    return wave + np.where(before < 1, (1 - before) ** 2, 0)
 
 
 def smooth(x, width):
