@@ -573,18 +573,15 @@ class VQVAE(nn.Module):
         self.decoder = Decoder(latent, hidden, res_hidden, channels * likelihood.outputs, strides)
         self.likelihood = likelihood
 
-    def forward(self, x, quantize=True):
-        """quantize=False leaves eqs. 1 and 2 out: the plain autoencoder of the warm-up."""
-        z_e = self.encoder(to_unit(x))
-        q = self.quantizer(z_e) if quantize else Quantized(z_e, None, 0.0)
+    def forward(self, x):
+        q = self.quantizer(self.encoder(to_unit(x)))
         out = self.decoder(q.z_q)
         nll = self.likelihood.nll(out, x)              # eq. 3, term 1: decoder and encoder
-        loss = loss_per_latent(nll, q) if quantize else nll.mean() / x[0].numel()
         # Sec. 3.1: q(z|x) is one-hot and p(z) uniform, so the KL is log K for every latent:
         # sum_k q log(q / p) = 1 * log(1 / (1/K)). A constant: no gradient, no place in the loss.
-        latents = z_e[0, 0].numel() * self.quantizer.num_codebooks     # N of one image
+        latents = q.codes[0].numel()                   # N of one image
         rate = torch.full_like(nll, latents * math.log(self.quantizer.num_codes))
-        return Output(loss, nll, rate, out, q.codes)
+        return Output(loss_per_latent(nll, q), nll, rate, out, q.codes)
 
     @torch.no_grad()
     def encode(self, x):
@@ -841,14 +838,12 @@ class GlobalVQVAE(nn.Module):
         self.quantizer = quantizer
         self.decoder = decoder
 
-    def forward(self, codes, e, quantize=True):
-        """codes (B, h, w), e (B, in_channels, h, w); quantize=False for the warm-up."""
-        z_e = self.encoder(e)                          # (B, 3 * D, 1, 1)
-        q = self.quantizer(z_e) if quantize else Quantized(z_e, None, 0.0)
+    def forward(self, codes, e):
+        """codes (B, h, w), e (B, in_channels, h, w)."""
+        q = self.quantizer(self.encoder(e))            # z_q (B, 3 * D, 1, 1)
         out, nll = code_nll(self.decoder, codes, q.z_q)
-        loss = loss_per_latent(nll, q) if quantize else nll.mean()
-        latents, K = self.quantizer.num_codebooks, self.quantizer.num_codes
-        return Output(loss, nll, torch.full_like(nll, latents * math.log(K)), out, q.codes)
+        rate = torch.full_like(nll, q.codes[0].numel() * math.log(self.quantizer.num_codes))
+        return Output(loss_per_latent(nll, q), nll, rate, out, q.codes)
 
     @torch.no_grad()
     def encode(self, e):

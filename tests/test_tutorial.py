@@ -405,7 +405,7 @@ def test_the_notebook_defines_nothing_that_the_modules_have():
 
 
 def test_the_course_table_names_functions_that_exist_and_tests_that_exist():
-    table = (ROOT / "README.md").read_text().split("## For courses\n")[1].split("\n## ")[0]
+    table = (ROOT / ".github" / "COURSES.md").read_text()
     rows = [line.strip("|").split("|") for line in table.splitlines() if line.startswith("|")][2:]
     functions = functions_of_the_modules()
     lessons = [int(row[0].split(".")[0]) for row in rows]
