@@ -177,8 +177,8 @@ def sample_images(run, model, prior, data):
                          run.args.seed, run.args.temperature, run.rehearsing)
     images = images[torch.arange(len(labels)) % len(images)]           # a rehearsal repeats two
     columns = min(classes, 10)
-    draw(run, "samples", images[:8 * columns].unflatten(0, (8, columns)), "samples: codes from the "
-         "PixelCNN, decoded", columns=data.classes if classes <= 10 else ())
+    run.picture("samples", images[:8 * columns].unflatten(0, (8, columns)), "samples: codes from "
+                "the PixelCNN, decoded", columns=data.classes if classes <= 10 else ())
     return labels, images
 
 
@@ -233,7 +233,7 @@ def fit_second(run, codes, lookup):
         return y.loss, stats
     sizes = (args.num_codebooks * args.code_dim, grid, args.hidden, args.res_hidden)
     vqvae = GlobalVQVAE(make_quantizer(args, LATENTS), pixelcnn(latent), *sizes)
-    vqvae.quantizer.restart_after = 5                  # counted in latents; a map has one for each
+    vqvae.quantizer.restart_after = 2                  # counted in latents; a map has one for each
     vae, alone = GlobalVAE(latent, pixelcnn(latent), *sizes), pixelcnn()
     for name, net, f in (("vqvae", vqvae, loss), ("vae", vae, loss),
                          ("alone", alone, lambda net, codes, *_: prior_loss(net, codes))):
@@ -270,9 +270,10 @@ def draw_figure_5(run, model, vqvae, vae, prior, data, z, z_vae):
     rows = [data.test[index][0], *(sample(vqvae.decoder, z[index]) for _ in range(4)),
             sample(vae.decoder, z_vae[index]), *(sample(vqvae.decoder, z) for z in new)]
     bits = f"{LATENTS * math.log2(run.args.num_codes):.0f} bits"
-    draw(run, "second_stage", torch.stack(rows), f"test images, and samples given the {bits} that "
-         "a second VQ-VAE keeps of each", rows=["test image", f"its {bits}", "again", "again",
-                                                "again", "VAE, its z", f"new {bits}", "new"])
+    run.picture("second_stage", torch.stack(rows), f"test images, and samples given the {bits} "
+                "that a second VQ-VAE keeps of each",
+                rows=["test image", f"its {bits}", "again", "again", "again", "VAE, its z",
+                      f"new {bits}", "new"])
 
 
 # -- Measurements and pictures ------------------------------------------------------------------
@@ -298,7 +299,7 @@ def measure(run, model, data, batch=128):
         gaps = [likelihood_gap(model, x.to(run.device)).item() for x in some[:4]]
         metrics["likelihood_gap_bits_per_dim"] = np.mean(gaps) / some[0].numel() / math.log(2)
     both = torch.stack([some, model.reconstruct(some.to(run.device)).cpu()])       # (2, n, ...)
-    draw(run, "reconstructions", both, "test images", rows=["x", "reconstruction"])
+    run.picture("reconstructions", both, "test images", rows=["x", "reconstruction"])
     return metrics
 
 
@@ -357,12 +358,6 @@ def judge_samples(run, samples, labels, data):
             run.args.batch_size, 2e-3, data.valid)
     return {"sample_class_accuracy": accuracy(batches(samples, 128, run.device), labels),
             "real_class_accuracy": accuracy(data.test.batches(run.device), *data.test.labels)}
-
-
-def draw(run, name, images, title, columns=(), rows=()):
-    """A grid of images (rows, columns, C, H, W); of grey ones with three equal channels."""
-    if run.rank == 0:
-        run.picture(name, images.expand(-1, -1, 3, -1, -1), title, columns, rows)
 
 
 # -- Using a finished run -----------------------------------------------------------------------

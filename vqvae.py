@@ -1347,10 +1347,13 @@ class Run:
         self.write("curves.png", lambda f: figure.savefig(f, format="png", dpi=100))
 
     def picture(self, name, images, title="", columns=(), rows=()):
-        """name.png: a grid of images (rows, columns, 3, H, W) uint8, with the names of both."""
+        """name.png: a grid of images (rows, columns, 3 or 1, H, W) uint8, with the names of both."""
         from matplotlib.figure import Figure
+        if self.rank:
+            return
         *_, H, W = images.shape
-        sheet = F.pad(images.cpu().permute(0, 3, 1, 4, 2), (0, 0, 1, 1, 0, 0, 1, 1), value=255)
+        sheet = images.cpu().expand(-1, -1, 3, -1, -1).permute(0, 3, 1, 4, 2)
+        sheet = F.pad(sheet, (0, 0, 1, 1, 0, 0, 1, 1), value=255)
         sheet = sheet.flatten(2, 3).flatten(0, 1)      # (rows * (H + 2), columns * (W + 2), 3)
         height, width = sheet.shape[:2]
         inch = max(width / 11, height / 14)            # pixels per inch: at most 11 x 14 inches
