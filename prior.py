@@ -318,7 +318,6 @@ class WaveNet(nn.Module):
         num_values: V, 256 for mu-law speech, K for codes.
         channels: C of the residual path (the gates have 2C). skip_channels: S.
         num_layers: L. cycle: dilations are 1, 2, 4 .. 2^(cycle - 1), and again from 1.
-        kernel: taps of a dilated convolution, 2 or more.
         cond_channels: > 0 for local conditioning, num_speakers: > 0 for global.
 
     The paper says "a dilated convolutional architecture similar to WaveNet decoder". The sizes
@@ -329,16 +328,15 @@ class WaveNet(nn.Module):
     the first 100 steps on recorded digits, 10 layers of 32 channels.
     """
 
-    def __init__(self, num_values=256, channels=64, num_layers=30, cycle=10, kernel=2,
-                 skip_channels=256, cond_channels=0, num_speakers=0):
+    def __init__(self, num_values=256, channels=64, num_layers=30, cycle=10, skip_channels=256,
+                 cond_channels=0, num_speakers=0):
         super().__init__()
         L, C, S = num_layers, channels, skip_channels
-        self.num_values, self.channels, self.kernel = num_values, channels, kernel
+        self.num_values, self.channels = num_values, channels
         self.cond_channels, self.num_speakers = cond_channels, num_speakers
         self.dilations = [2 ** (l % cycle) for l in range(L)]
         self.embed = nn.Embedding(num_values, C)
-        self.dilated = nn.ModuleList(nn.Conv1d(C, 2 * C, kernel, dilation=d)
-                                     for d in self.dilations)
+        self.dilated = nn.ModuleList(nn.Conv1d(C, 2 * C, 2, dilation=d) for d in self.dilations)
         # Nothing follows the last layer but its skip path.
         self.out = nn.ModuleList(nn.Conv1d(C, C, 1, bias=False) for _ in range(L - 1))
         # [37] sums a 1x1 convolution of each layer: that is one of all layers side by side.
@@ -351,7 +349,7 @@ class WaveNet(nn.Module):
     @property
     def receptive_field(self):
         """R: logits at t see x at t-R .. t-1."""
-        return 1 + (self.kernel - 1) * sum(self.dilations)
+        return 1 + sum(self.dilations)
 
     def forward(self, x, cond=None, speaker=None):
         """x (B, T) int64, cond (B, cond_channels, N), speaker (B,) int64 -> logits (B, V, T).
@@ -364,7 +362,7 @@ class WaveNet(nn.Module):
         biases = self.bias(cond, speaker)
         skips = []
         for l, d in enumerate(self.dilations):
-            a = self.dilated[l](F.pad(h, ((self.kernel - 1) * d, 0)))  # (B, 2C, T)
+            a = self.dilated[l](F.pad(h, (d, 0)))      # (B, 2C, T): sees h at t-d and at t
             if biases is not None:
                 # Frames repeat by broadcasting: T/N times cheaper than to project them at the
                 # rate of x, and the repeated tensor never exists.
@@ -423,36 +421,33 @@ class WaveNet(nn.Module):
     def stepper(self, batch):
         """A function step(x_(t-1), bias) -> logits at t (B, V), to be called for t = 0, 1, ..
 
-        A layer needs its own inputs of d, 2d .. (kernel - 1) d steps ago: a ring buffer per
-        layer, one after the other in `ring`; the newest overwrites the oldest, nothing is moved.
+        A layer needs its own input of d steps ago: a ring buffer of d rows per layer, one after the
+        other in `ring`; the newest input overwrites the one that was just read, nothing is moved.
         The number of operations counts, not their size: everything independent of the layer
-        below (past taps, skips) is one product over all layers, and four operations per layer
+        below (past inputs, skips) is one product over all layers, and four operations per layer
         are left, each into memory laid out here.
         """
-        B, C, L, taps = batch, self.channels, len(self.dilations), self.kernel - 1
+        B, C, L = batch, self.channels, len(self.dilations)
         past, now, out, (skip, skip_bias), (mix, mix_bias), (logit, logit_bias) = self.matrices()
-        read, write = self.rows()
-        new, table = self.embed.weight.new_zeros, self.embed.weight
-        ring = new(taps * sum(self.dilations), B, C)
-        old, known = new(taps * L, B, C), new(L, B, 2 * C)  # read from ring; sums before `now`
+        rows, new, table = self.rows(), self.embed.weight.new_zeros, self.embed.weight
+        ring, old, known = new(sum(self.dilations), B, C), new(L, B, C), new(L, B, 2 * C)
         h, gates, z = new(L, B, C), new(B, 2 * C), new(B, L * C)
         a, b = gates.chunk(2, 1)
-        past = list(zip(old.split(L), past))
         layers = list(zip(known, now, h, z.split(C, 1), [*out, None], [*h[1:], None]))
         h_0 = h[0]                                     # zero at t = 0
 
         def step(before, bias):
             if before is not None:
                 torch.index_select(table, 0, before, out=h_0)
-            torch.index_select(ring, 0, next(read), out=old)
-            for tap, w in past:
-                bias = torch.baddbmm(bias, tap, w, out=known)
+            row = next(rows)
+            torch.index_select(ring, 0, row, out=old)
+            torch.baddbmm(bias, old, past, out=known)
             for known_l, now_l, h_l, z_l, out_l, above in layers:
                 torch.addmm(known_l, h_l, now_l, out=gates).sigmoid_()
                 torch.addcmul(b, a, b, value=-2, out=z_l)              # -z, see matrices
                 if above is not None:
                     torch.addmm(h_l, z_l, out_l, alpha=-1, out=above)
-            ring.index_copy_(0, next(write), h)
+            ring.index_copy_(0, row, h)
             s = F.relu_(torch.addmm(skip_bias, z, skip, alpha=-1))     # (B, S)
             s = F.relu_(torch.addmm(mix_bias, s, mix))
             return torch.addmm(logit_bias, s, logit)
@@ -466,23 +461,19 @@ class WaveNet(nn.Module):
         2 s sigmoid(b) - sigmoid(b): double what makes a, and one sigmoid does both. (On a CPU
         tanh takes up to three times as long.)
         """
-        w = torch.stack([conv.weight for conv in self.dilated])        # (L, 2C, C, kernel)
+        w = torch.stack([conv.weight for conv in self.dilated])        # (L, 2C, C, 2)
         w[:, :self.channels] *= 2
-        *past, now = w.permute(3, 0, 2, 1).contiguous()                # each (L, C, 2C)
+        past, now = w.permute(3, 0, 2, 1).contiguous()                 # each (L, C, 2C)
         out = [conv.weight.squeeze(2).t().contiguous() for conv in self.out]   # each (C, C)
         head = [(conv.weight.squeeze(2).t().contiguous(), conv.bias) for conv in self.head[::2]]
-        return past[::-1], now, out, *head                             # past: d, 2d, .. steps ago
+        return past, now, out, *head
 
     def rows(self):
-        """Rows of `ring` to read at t = 0, 1, .., ((kernel - 1) * L,) each, and to write (L,)."""
+        """The rows (L,) of `ring` that are d steps old at t = 0, 1, .."""
         d = torch.tensor(self.dilations, device=self.embed.weight.device)
-        size = (self.kernel - 1) * d
-        first = size.cumsum(0) - size
         # One period is enough: the dilations are powers of 2, all divide the longest.
-        t = torch.arange(int(size.max()), device=d.device).view(-1, 1, 1)
-        i = torch.arange(1, self.kernel, device=d.device).view(-1, 1)  # taps, newest first
-        rows = first + (t - i * d) % size                              # (period, kernel - 1, L)
-        return itertools.cycle(rows.flatten(1)), itertools.cycle(rows[:, -1])
+        t = torch.arange(int(d.max()), device=d.device).unsqueeze(1)
+        return itertools.cycle(d.cumsum(0) - d + t % d)
 
     def frames(self, cond, speaker, most=2 ** 24):
         """The part of the gates independent of x: (L, B, 2C), frame after frame of cond."""

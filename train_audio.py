@@ -1,8 +1,7 @@
 """Speech: waveform -> VQ-VAE with a WaveNet decoder -> codes -> prior (sec. 4.3 of the paper).
 
     python train_audio.py                          demo speech, no download, no GPU: minutes
-    python train_audio.py --data wav48/ --preset paper            VCTK's layout, on a GPU:
-                                                   one folder of recordings for each speaker
+    python train_audio.py --data wav48/ --preset paper            VCTK's layout, on a GPU
     python train_audio.py --data wav48/ --labels lab/ --preset paper-phonemes
     python train_audio.py --resume                 continue runs/audio, as if never stopped
     python train_audio.py --sample 4               with the finished run: speech from nothing,
@@ -109,8 +108,8 @@ class SpeechVQVAE(nn.Module):
         self.decoder = WaveNet(256, args.channels, args.layers, args.cycle,
                                skip_channels=args.skip_channels, cond_channels=args.channels,
                                num_speakers=speakers)
-        # torch's own initialisation loses two thirds of the variance in each convolution: next to
-        # nothing of x gets through the encoder, the decoder learns to do without, all codes die.
+        # torch's own initialisation loses two thirds of the variance in each convolution: little
+        # of x gets through the encoder, the decoder learns to do without, all codes die.
         for layer in (m for m in self.modules() if isinstance(m, nn.Conv1d)):
             nn.init.kaiming_normal_(layer.weight)
             if layer.bias is not None:
@@ -132,25 +131,22 @@ class SpeechVQVAE(nn.Module):
     def nll(self, x, z_q, speaker):
         past = x.long()
         if self.training and self.past_dropout:
-            # Not in the paper (Bowman et al. 2016 did it to words): some samples of the past are
-            # replaced by random ones. What was drawn a little wrong then does not carry the
-            # sampler away, and a past that may lie makes the decoder listen to the codes.
+            # Not in the paper (Bowman et al. 2016 did it to words): random samples in the past.
+            # What was drawn a little wrong then does not carry the sampler away, and a past that
+            # may lie makes the decoder listen to the codes.
             wrong = torch.rand(x.shape, device=x.device) < self.past_dropout
             past = torch.where(wrong, torch.randint_like(past, 256), past)
         logits = self.decoder(past, self.context(z_q), speaker)        # (B, 256, T)
         return F.cross_entropy(logits.float(), x.long(), reduction="none")
 
-    @torch.no_grad()
     def encode(self, x):
         """(B, T) uint8 -> codes (B, N)."""
         return self.quantizer(self.encoder(to_unit(x).unsqueeze(1))).codes
 
-    @torch.no_grad()
     def bits(self, x, codes, speaker):
         """-log2 p(x | codes, speaker) per sample, teacher-forced: (B,)."""
         return self.nll(x, self.quantizer.lookup(codes.long()), speaker).mean(1) / math.log(2)
 
-    @torch.no_grad()
     def sample(self, codes, speaker, temperature=1.0, generator=None):
         """Draw x ~ p(x | codes, speaker): codes (B, N) -> (B, N * hop) uint8."""
         cond = self.context(self.quantizer.lookup(codes.long()))
@@ -168,10 +164,9 @@ def fit_vqvae(run, data):
         loss, nll, codes = net(x, speaker)
         return loss, {"bits_per_sample": nll.detach().mean() / math.log(2),
                       "codes_used": count_codes(codes, args.num_codes)}
-
     train, valid, _ = data.windows(args.crop, max(1, data.hop // 4))
     return run.fit("vqvae", model, loss, train, args.steps, args.batch_size, args.lr,
-                   valid).requires_grad_(False)
+                   valid)
 
 
 def encode_all(run, vqvae, data):
@@ -193,10 +188,9 @@ def fit_prior(run, data, codes):
     def loss(net, codes, *_):
         loss = F.cross_entropy(net(codes.long()), codes.long())        # nats per code
         return loss, {"bits_per_code": loss.detach() / math.log(2)}
-
     train, valid, _ = data.windows(N, 1, codes)
     return run.fit("prior", make_prior(args, N), loss, train, args.prior_steps,
-                   args.batch_size, args.lr, valid).requires_grad_(False)
+                   args.batch_size, args.lr, valid)
 
 
 def make_prior(args, length):
@@ -255,14 +249,12 @@ def rates(run, vqvae, prior, data, codes, clips):
 
     def prior_nats(z):
         return F.cross_entropy(prior(z.long()), z.long(), reduction="none")
-
     S, N = len(data.speakers), clips.codes.shape[1]
     counts = count_codes(data.windows(1, 1, codes)[2].all()[0].long(), run.args.num_codes)
     found = {"bits_per_sample": bits(clips.codes, clips.speaker),
              "bits_per_sample_other_codes": bits(clips.codes.roll(1, 0), clips.speaker),
              "codes_used": int((counts > 0).sum()), "num_codes": run.args.num_codes,
              "perplexity": perplexity(counts).item(),
-             "unigram_bits_per_code": perplexity(counts).log2().item(),
              "prior_bits_per_code": in_batches(prior_nats, run.device, 64, data.windows(
                  N, N, codes)[2].all()[0]).mean().item() / math.log(2)}
     return found if S == 1 else found | {
@@ -274,7 +266,6 @@ def read_phones(run, data, codes):
     def aligned(windows):  # a code stands for the phone in its middle
         z, _, at = windows.all()
         return z[:, 0], data.phone_at(at * data.hop + data.hop // 2)
-
     train, _, test = map(aligned, data.windows(1, 1, codes))
     table = phone_table(*train, run.args.num_codes, len(data.phones))
     most_likely = torch.zeros_like(table).index_fill_(1, table.sum(0).argmax(), 1)
@@ -303,27 +294,22 @@ def phone_accuracy(table, codes, phones):
 
 
 class Judge(nn.Sequential):
-    """Who speaks, and which phone, 100 times a second: a small network on the log-mel spectrogram,
-    trained on real utterances. It is no part of the model, and judges what that draws."""
+    """Who speaks, and which phone, 100 times a second: a small network on a spectrogram of 43
+    bands, trained on real utterances. It is no part of the model, and judges what that draws."""
 
     def __init__(self, speakers, phones, rate, hidden=96):
-        super().__init__(nn.Conv1d(32, hidden, 5, padding=2), nn.ReLU(),
-                         nn.Conv1d(hidden, hidden, 5, padding=2), nn.ReLU(),
-                         nn.Conv1d(hidden, hidden, 5, padding=2), nn.ReLU(),
-                         nn.Conv1d(hidden, speakers + phones, 1))
+        super().__init__(*(layer for width in (43, hidden, hidden) for layer in (
+            nn.Conv1d(width, hidden, 5, padding=2), nn.ReLU())),
+            nn.Conv1d(hidden, speakers + phones, 1))
         self.speakers, self.step = speakers, rate // 100
-        top, f = 2595 * math.log10(1 + rate / 1400), torch.linspace(0, rate / 2, 129)
-        edges = 700 * (10 ** (torch.linspace(0, top, 34) / 2595) - 1)  # Hz, even on the mel scale
-        rise = (f - edges[:-1, None]) / edges.diff()[:, None]          # from each to the next
-        triangles = torch.minimum(rise[:-1], 1 - rise[1:]).clamp(min=0)
-        self.register_buffer("mel", triangles, persistent=False)       # (32, 129)
 
     def forward(self, x):
         """(B, T) levels -> logits of the speakers (B, S) and of the phones (B, P, frames)."""
         x = to_wave(x)
         if self.training:                              # else hiss would pass for a fricative
             x = x + 0.02 * torch.rand(len(x), 1, device=x.device) ** 2 * torch.randn_like(x)
-        out = super().forward((self.mel @ spectrum(x, self.step) + 0.03).log())
+        bands = spectrum(x, self.step).unflatten(1, (43, 3)).mean(2)   # (B, 43, frames)
+        out = super().forward((bands + 0.03).log())
         return out[:, :self.speakers].mean(2), out[:, self.speakers:]
 
 
@@ -338,10 +324,9 @@ def fit_judge(run, data):
         nats = F.cross_entropy(phones[..., :spoken.shape[1]], spoken, ignore_index=UNLABELLED,
                                reduction="sum") / max(1, known)
         return nats + F.cross_entropy(who, speaker), {}
-
     train, valid, _ = data.windows(args.clip, data.hop)
     return run.fit("judge", judge, loss, train, min(args.steps, 3000, 300 + 25 * S),
-                   args.batch_size, 2e-3, valid).requires_grad_(False)
+                   args.batch_size, 2e-3, valid)
 
 
 def judge_speech(run, judge, data, clips, voices, drawn):
@@ -376,7 +361,6 @@ def sheet(write, name, rate, rows):
         with wave.open(file, "wb") as out:
             out.setparams((1, 2, rate, 0, "NONE", ""))
             out.writeframes((x.clamp(-1, 1) * 32767).round().short().numpy().tobytes())
-
     for i, row in enumerate(rows):
         for title, x in row:
             write(f"{name}_{i}_{safe_name(title)}.wav", write_wav)
@@ -470,7 +454,6 @@ def use(args):
         print(Path(args.out, name))
         with open(Path(args.out, name), "wb") as f:
             writer(f)
-
     sheet(write, "new", rate, rows)
 
 
@@ -479,12 +462,8 @@ def use(args):
 
 def to_levels(x):
     """A recording (T,) in [-1, 1] -> what the model works on, (T,) uint8: high frequencies raised,
-    one loudness for all, mu-law.
-
-    Only mu-law is in the paper. Its noise, and that of sampling, is equally strong at all
-    frequencies, and is heard at the high ones, where speech is weak. Lowered there afterwards, with
-    the speech that was raised, it is masked.
-    """
+    one loudness for all, mu-law. Only mu-law is in the paper. Its noise, and that of sampling, is
+    heard at high frequencies, where speech is weak; `to_wave` lowers both there."""
     y = x - EMPHASIS * F.pad(x, (1, -1))
     power = F.pad(y, (0, -len(y) % 256)).view(-1, 256).square().mean(1)
     loud = power[power >= power.amax() / 100] if len(y) else power     # pauses do not count
@@ -512,18 +491,14 @@ def inverse_mu_law(levels):
 
 
 def resample(x, old, new):
-    """x (T,) at `old` Hz -> (ceil(T * new / old),) at `new` Hz, both float32: its spectrum, cut
-    off at the new rate's half or filled up to it with zeros. Long recordings block by block."""
+    """x (T,) at `old` Hz -> (ceil(T * new / old),) at `new` Hz, float32: its spectrum, cut off at
+    half the new rate, or filled up to it with zeros."""
     M, L = (rate // math.gcd(old, new) for rate in (old, new))         # M samples become L
     if M == L or not len(x):
         return x
-    # Blocks of n * M samples, of which an eighth at both ends is thrown away.
-    n = 2 ** max(3, math.ceil(math.log2(min(1.5 * len(x) + 8 * M, 2 ** 18) / M)))
-    edge, step, length = n // 8, (n - n // 8 * 2) * M, -(-len(x) * L // M)
-    x = np.pad(x, (edge * M, step + edge * M))
-    blocks = [np.fft.irfft(np.fft.rfft(x[at:at + n * M])[:n * L // 2 + 1], n * L)
-              [edge * L:-edge * L].astype(np.float32) for at in range(0, len(x) - n * M + 1, step)]
-    return np.concatenate(blocks)[:length] * np.float32(L / M)
+    n = -(-len(x) // M) + 8                            # whole groups, and silence to fade out in
+    spectrum = np.fft.rfft(np.pad(x, (0, n * M - len(x))))[:n * L // 2 + 1]
+    return (np.fft.irfft(spectrum, n * L)[:-(-len(x) * L // M)] * (L / M)).astype(np.float32)
 
 
 def read_sound(path):
@@ -697,7 +672,6 @@ def read_labels(run, recordings, lengths):
 def make_parser():
     def strides(text):
         return tuple(positive(int)(s) for s in text.split(","))
-
     parser = Parser("audio", PRESETS, description=__doc__)
     parser.uses = ("sample", "reconstruct", "convert")
     parser.free = parser.free | {"labels", "temperature", "test_clips", "to"}

@@ -91,8 +91,8 @@ def fit_model(run, data):
         if y.codes is not None:
             stats["codes_used"] = count_codes(y.codes, args.num_codes, args.num_codebooks)
         return y.loss, stats
-    run.fit(args.model, model, loss, data.train, args.steps, args.batch_size, args.lr, data.valid)
-    return model.requires_grad_(False)                 # stage one is over
+    return run.fit(args.model, model, loss, data.train, args.steps, args.batch_size, args.lr,
+                   data.valid)
 
 
 def make_model(args, facts):
@@ -115,7 +115,6 @@ def make_model(args, facts):
 Codes = NamedTuple("Codes", [(part, TensorDataset) for part in ("train", "valid", "test")])
 
 
-@torch.no_grad()
 def encode_all(run, model, data):
     """Data sets of codes (N, h, w), in the smallest type, off the device; and labels if any."""
     run.say("encoding all images")
@@ -168,8 +167,8 @@ def draw_images(vqvae, prior, size, labels, seed, temperature, rehearsing=False)
 
 
 def sample_images(run, model, prior, data):
-    """Labels (N,) that cover all classes (or the first 1,000), and as many images drawn given them.
-    N is about 200, and at least one for each class. samples.png shows eight rows of them."""
+    """Some 200 labels (N,) that cover all classes (or the first 1,000), and images drawn given
+    them; samples.png shows eight rows."""
     classes = len(data.classes) or 8                   # without classes: eight columns to look at
     labels = torch.arange(min(classes, 1000)).repeat(max(1, 200 // classes) if data.classes else 8)
     run.say(f"drawing {len(labels)} samples from the prior")
@@ -241,15 +240,14 @@ def fit_second(run, codes, lookup):
     return vqvae, vae, alone
 
 
-@torch.no_grad()
 def apply(run, function, codes):
     """function(codes (B, ...) int64, on the device) for all of them, off the device again."""
     return torch.cat([function(c.long()).cpu() for c in batches(codes, 128, run.device)])
 
 
 def conditional_bits(name, decoder, codes, z, paid, device="cpu"):
-    """Bits per code given an image's own z; given that of another image; and in total. Latents are
-    not free: only with what is paid for z, in bits, does it compare with the PixelCNN alone."""
+    """Bits per code given an image's own z, given another image's, and in total: only with what is
+    paid for z, in bits, do they compare with the PixelCNN alone."""
     # Half the set away: neighbours may be frames of one clip, and nearly the same.
     own, other = (bits_per_code(decoder, codes, cond=z.roll(shift, 0), device=device)
                   for shift in (0, len(z) // 2))
@@ -328,12 +326,10 @@ def measure_prior(run, prior, codes, data, metrics):
     return found
 
 
-@torch.no_grad()
 def bits_per_code(prior, codes, labels=None, cond=None, device="cpu", batch=64):
     """-log2 p(codes | labels, cond) / number of codes, under a fitted PixelCNN."""
     def split(given):
         return batches(given, batch, device) if given is not None else [None] * len(codes)
-
     nats = sum(F.cross_entropy(prior(c.long(), y, z), c.long(), reduction="sum").item()
                for c, y, z in zip(split(codes), split(labels), split(cond)))
     return nats / codes.numel() / math.log(2)
@@ -345,7 +341,6 @@ def judge_samples(run, samples, labels, data):
         scores = net(to_unit(x))
         return F.cross_entropy(scores, y), {"accuracy": (scores.argmax(1) == y).float().mean()}
 
-    @torch.no_grad()
     def accuracy(images, labels):
         return sum(loss(classifier, x, y.to(run.device))[1]["accuracy"].item() * len(y)
                    for x, y in zip(images, labels.split(128))) / len(labels)
@@ -423,8 +418,8 @@ CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".
 
 
 class Images(Dataset):
-    """One part of the data: some rows of an array (M, H, W, C) of bytes, in memory or in a file,
-    not copied. images[index], index (B,) int64 -> (x, labels), or (x,), x uint8 (B, C, H, W)."""
+    """One part of the data: rows of an array (M, H, W, C) of bytes, in memory or in a file, not
+    copied. images[index], index (B,) int64 -> (x, labels), or (x,), x uint8 (B, C, H, W)."""
 
     def __init__(self, array, rows, labels=None):
         self.array, self.rows = array, rows
@@ -529,7 +524,6 @@ def load_folder(run, path):
         if stray:
             raise ValueError(f"{stray[0]}: in none of the folders {', '.join(list(known)[:9])}")
         return [known[name] for name in names]
-
     parts = [0] * len(files)
     if any(PARTS.get(folder[0].lower()) == 0 for folder in folders):
         parts = look_up(PARTS, [folder[0].lower() for folder in folders])
@@ -540,27 +534,25 @@ def load_folder(run, path):
     groups = [os.path.dirname(file) if len(folder) > 1 else file
               for file, folder in zip(paths, folders)]
     part = cut(path, np.array(groups), parts)
-    shape = read_image(paths[0], size).shape
-    images, _ = prepare(run, f"--data {os.path.abspath(path)}", f"{size} {files}",
-                        Decoder(paths, shape, size), shape)
+    decoder = Decoder(paths, size)
+    images, _ = prepare(run, f"--data {os.path.abspath(path)}", f"{size} {files}", decoder,
+                        decoder.shape)
     return Data(images, part, labels, classes)
 
 
-class Decoder:
-    """Image files as arrays (1, H, W, 3), all of one shape: what `prepare` decodes in parallel."""
+class Decoder(list):
+    """Of image files, which come out decoded: (1, H, W, 3), all of the first one's shape."""
 
-    def __init__(self, files, shape, size):
-        self.files, self.shape, self.size = files, shape, size
-
-    def __len__(self):
-        return len(self.files)
+    def __init__(self, files, size):
+        super().__init__(files)
+        self.size, self.shape = size, read_image(files[0], size).shape
 
     def __getitem__(self, i):
-        image = read_image(self.files[i], self.size)
+        file = super().__getitem__(i)
+        image = read_image(file, self.size)
         if image.shape != self.shape:
-            found, first = ("{} x {}".format(*shape) for shape in (image.shape, self.shape))
-            raise ValueError(f"{self.files[i]}: {found}, but {self.files[0]} is {first}; --size S "
-                             "crops and scales all to S x S")
+            raise ValueError(f"{file}: {image.shape[:2]} pixels, but others have {self.shape[:2]}; "
+                             "--size S crops and scales all to S x S")
         return image[None]
 
 

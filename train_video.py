@@ -57,7 +57,6 @@ def main(run, data):
     train, valid = data.stretches(1)                   # stage one: frames, uniform p(z)
     run.fit("vqvae", model.vqvae, lambda net, x, action: vqvae_loss(net, x[:, 0], args.num_codes),
             train, args.steps, args.batch_size, args.lr, valid)
-    model.vqvae.requires_grad_(False)
     codes = {part: model.encode(clips.frames) for part, clips in data.parts.items()}
 
     train, valid = data.stretches(GIVEN + 1, codes, args.num_codes)    # stage two: p(z | actions)
@@ -83,14 +82,12 @@ class Model(namedtuple("Model", "vqvae prior names args")):
     def device(self):
         return next(self.vqvae.parameters()).device
 
-    @torch.no_grad()
     def encode(self, frames, size=8):
         """Frames (N, T, 3, H, W) uint8 -> codes (N, T, h, w), on the CPU, in the smallest dtype."""
         dtype = smallest_int(self.args.num_codes + 1)  # K stands for "no frame"
         return torch.cat([self.vqvae.encode(x.flatten(0, 1).to(self.device)).to("cpu", dtype)
                           for x in frames.split(size)]).unflatten(0, frames.shape[:2])
 
-    @torch.no_grad()
     def decode(self, codes, size=128):
         """The way back: codes (N, T, h, w) -> frames (N, T, 3, H, W) uint8, on the CPU."""
         return torch.cat([self.vqvae.decode(z.long()).cpu() for z in batches(
@@ -195,7 +192,6 @@ def measure_codes(model, clips, codes):
         for name, actions in bits_of.items() if model.prior.num_actions or not name}
 
 
-@torch.no_grad()
 def bits_per_code(prior, codes, actions, size=4):
     """-log2 p(z_t | z_<t, a_<t) of the frames after the first GIVEN."""
     device, nats = next(prior.parameters()).device, 0
@@ -243,7 +239,6 @@ def action_accuracy(rows):
     return (error[own] < error.masked_fill(own[..., None], math.inf).amin(1)).float().mean().item()
 
 
-@torch.no_grad()
 def judge_accuracy(judge, film, actions):
     """Clips (N, n + 1, 3, H, W), actions (N, n): how often the judge names the action, by step."""
     pairs = film.unfold(1, 2, 1).movedim(-1, 2).flatten(0, 1)          # (N * n, 2, 3, H, W)

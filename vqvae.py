@@ -77,9 +77,8 @@ class Quantized(NamedTuple):
 class CopyGradient(torch.autograd.Function):
     """Straight-through estimator (sec. 3.2): forward gives z_q, backward hands grad to z_e.
 
-    The usual one-liner z_e + (z_q - z_e).detach() has the same gradient, but its value is e_k
-    only up to rounding. Here the decoder sees e_k itself, exactly as it will when it decodes
-    codes that a prior has sampled.
+    The usual one-liner z_e + (z_q - z_e).detach() has the same gradient, but is e_k only up to
+    rounding. Here the decoder sees e_k itself, as it will when a prior has sampled the codes.
     """
 
     @staticmethod
@@ -105,17 +104,14 @@ class VectorQuantizer(nn.Module):
         beta: weight of the commitment term; 0.25 in all the paper's experiments.
         num_codebooks: G. The channels are cut into G slices of D, each with a codebook of its
             own: G latents at every position (the 10 in sec. 4.1's 8 x 8 x 10, say).
-        data_init: initialise the codebook with encoder outputs of the first training batch. The
-            paper does not say how it starts; vectors from elsewhere leave many codes unused for
-            ever. False: uniform in [-1/K, 1/K].
-        restart_after: a code is dead once restart_after * K latents in a row have chosen others:
-            that many times as long as it takes a code in average use to be chosen once. It is
-            moved to an encoder output of that batch. Not in the paper; 0 is the paper's rule,
-            under which a code that starts in the wrong place stays there.
+        data_init: start the codebook from encoder outputs of the first training batch. The paper
+            does not say how it starts; False is uniform in [-1/K, 1/K].
+        restart_after: a code is dead once restart_after * K latents in a row have chosen others,
+            and is moved to an encoder output of that batch. Not in the paper; 0 is the paper's
+            rule, under which a code that starts in the wrong place stays there.
 
-    Input (B, G*D, ...) with any number of axes after the channels; raises ValueError for
-    another channel count. Works in float32 (float64 after .double()), also under autocast: in
-    bfloat16 near neighbours change places.
+    Input (B, G*D, ...), any number of axes after the channels; ValueError for another number of
+    channels. Works in float32, also under autocast: in bfloat16 near neighbours change places.
     """
 
     def __init__(self, num_codes, code_dim, beta=0.25, num_codebooks=1, data_init=True,
@@ -159,9 +155,8 @@ class VectorQuantizer(nn.Module):
     @torch.no_grad()
     def nearest(self, z, tile=2048):
         """Eq. 1: k = argmin_j ||z_e - e_j||_2 for z (G, N, D), as (G, N) int64."""
-        # ||z - e||^2 = |z|^2 - 2 z.e + |e|^2. |z|^2 is the same for every j, so the argmin is
-        # the argmax of z.e - |e|^2 / 2: one matrix product, on tiles of rows that stay in cache
-        # so that the N x K table never exists.
+        # ||z - e||^2 = |z|^2 - 2 z.e + |e|^2, with |z|^2 the same for every j: the argmax of
+        # z.e - |e|^2 / 2, one matrix product, on tiles that stay in cache, never N x K at once.
         e = self.codebook.view(self.num_codebooks, self.num_codes, self.code_dim)
         half = -0.5 * e.square().sum(2).unsqueeze(1)   # (G, 1, K)
         tile = tile if z.device.type == "cpu" else 32 * tile
@@ -280,7 +275,7 @@ class VectorQuantizerEMA(VectorQuantizer):
         table = self.codebook.detach()
         del self.codebook
         # N_i starts at 1 and m_i at e_i, so that eq. 8 holds from the first step on. With N_i at
-        # 0 (as often seen), m_i / N_i throws every code that was not hit yet far away.
+        # 0, as often seen, every code that was not hit yet is thrown far away.
         self.register_buffer("codebook", table)                        # e_i  (G*K, D)
         self.register_buffer("ema_count", torch.ones(len(table)))      # N_i  (G*K)
         self.register_buffer("ema_sum", table.clone())                 # m_i  (G*K, D)
@@ -301,8 +296,8 @@ class VectorQuantizerEMA(VectorQuantizer):
             dist.all_reduce(total)
         self.ema_count.lerp_(n, 1 - self.gamma)                        # eq. 6: N_i
         self.ema_sum.lerp_(total, 1 - self.gamma)                      # eq. 7: m_i
-        # eq. 8. For a code that nobody chose eqs. 6 and 7 shrink N_i and m_i alike, so e_i stays
-        # where it is; taking that literally also spares it 0/0 after thousands of such steps.
+        # eq. 8. For a code that nobody chose eqs. 6 and 7 shrink N_i and m_i alike: e_i stays
+        # where it is, and is spared 0/0 after thousands of such steps.
         chosen = (n > 0).unsqueeze(1)
         mean = self.ema_sum / self.ema_count.unsqueeze(1)
         self.codebook.copy_(torch.where(chosen, mean, self.codebook))
@@ -623,10 +618,9 @@ def likelihood_gap(model, x, nearest=1, batch=64):
     """How much -log p(x) is below -log p(x, z_q(x)), at least: in nats, for one image (C, H, W).
 
     Sec. 3.2 keeps one term of log sum_z p(x|z) p(z), for "the decoder should not allocate any
-    probability mass to p(x|z) for z != z_q(x) once it has fully converged". Here the terms are
-    added in which a single latent takes one of its `nearest` other codes, next in distance to
-    z_e: N * nearest of them, each a run of the decoder. All terms are positive, so what they add
-    is a lower bound of what the whole sum would; the whole sum has K^N of them.
+    probability mass to p(x|z) for z != z_q(x) once it has fully converged". Here those N * nearest
+    terms are added in which one latent takes one of its `nearest` other codes, each a run of the
+    decoder. All K^N terms are positive: what these add is a lower bound of what all would.
     """
     vq, x = model.quantizer, x.unsqueeze(0)
     z_e = model.encoder(to_unit(x))
@@ -649,11 +643,8 @@ def likelihood_gap(model, x, nearest=1, batch=64):
 
 
 class VAE(nn.Module):
-    """Gaussian z with the reparametrisation trick (the paper's [23, 32]).
-
-    latents: continuous numbers at every position of the field. More than it needs cost nothing:
-    q(z|x) of the spare ones becomes the prior, their KL 0.
-    """
+    """Gaussian z with the reparametrisation trick (the paper's [23, 32]): `latents` numbers at each
+    position. More than it needs cost nothing: q(z|x) of the spare ones becomes the prior, KL 0."""
 
     def __init__(self, likelihood, latents=32, channels=3, hidden=256, res_hidden=256,
                  strides=(2, 2)):
@@ -801,10 +792,8 @@ def vimco(log_f, log_q):
 
 class GlobalEncoder(nn.Sequential):
     """Vectors of a code map e (B, in_channels, h, w) -> (B, out_channels, 1, 1): the whole map.
-
     field: (h, w), any; the paper has 21 x 21. The map is halved until its shorter side is less
-    than 8; then one window takes in all that is left.
-    """
+    than 8; then one window takes in all that is left."""
 
     def __init__(self, in_channels, field, hidden, res_hidden, out_channels):
         halvings = max(0, min(field).bit_length() - 3)
@@ -933,11 +922,9 @@ def reading(path):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with the flags that all scripts have, and its errors in one line.
-
-    uses: flags that work on a finished run. free: flags that --resume lets differ from those the
-    run was begun with, because they shape neither the data nor the models.
-    """
+    """argparse with the flags that all scripts have, and its errors in one line. uses: flags that
+    work on a finished run. free: those that may change with --resume, as they shape neither data
+    nor models."""
 
     uses = ()
     free = {"out", "data", "device", "precision", "resume", "steps", "prior_steps", "batch_size",
@@ -1002,8 +989,8 @@ path = number(str, "path", str.strip)
 class Run:
     """One experiment: its flags, its folder, its device and processes, and how far it is.
 
-    Everything random is a function of (seed, stage, step, process): no random state has to be
-    saved for a resumed run to equal one that never stopped.
+    Everything random is a function of (seed, stage, step, process): so a resumed run equals one
+    that never stopped, and no random state is saved.
     """
 
     rehearsing = False
@@ -1022,13 +1009,13 @@ class Run:
         # Later defaults win: script < preset < checkpoint < what was typed.
         parser.set_defaults(**parser.presets[args.preset])
         self.saved = self.read("checkpoint.pt") if args.resume else None
-        if args.resume:
-            if self.saved["script"] != self.script:
-                stop(f"--resume: {self.out} holds a run of train_{self.saved['script']}.py")
-            parser.set_defaults(**{k: v for k, v in self.saved["args"].items()
-                                   if k not in ("out", "device", "resume")})
+        before = self.saved["args"] if args.resume else {}
+        if args.resume and self.saved["script"] != self.script:
+            stop(f"--resume: {self.out} holds a run of train_{self.saved['script']}.py")
+        parser.set_defaults(**{name: value for name, value in before.items()
+                               if name not in ("out", "device", "resume")})
         self.args = parser.parse_args()
-        for name, value in (self.saved["args"] if args.resume else {}).items():
+        for name, value in before.items():
             if name not in self.free and getattr(self.args, name, value) != value:
                 stop(f"--resume: --{name.replace('_', '-')} {getattr(self.args, name)} differs "
                      f"from {value}, with which this run was begun; --out starts another one")
@@ -1099,7 +1086,7 @@ class Run:
         being the model, wrapped if there are several processes. stats maps names to tensors:
         scalars are averaged for the log; vectors are counts, and it says how many are not zero.
         valid is measured some 20 times; --keep best keeps the weights that were best on it.
-        Returns the model in eval mode.
+        Returns the model in eval mode and frozen: from now on it builds no graph.
         """
         steps = 1 if self.rehearsing else steps
         batch_size = min(batch_size, len(data)) if self.rehearsing else batch_size
@@ -1125,7 +1112,7 @@ class Run:
                     raise KeyboardInterrupt if self.rehearsing else SystemExit(130)
         if s.best and self.args.keep == "best":
             model.load_state_dict(s.best["model"])
-        return model.eval()
+        return model.eval().requires_grad_(False)
 
     def restore(self, stage, model, loss, steps, lr):
         """All that fit works on, at the step at which the checkpoint says that it stopped."""
@@ -1433,9 +1420,8 @@ def prepare(run, source, key, items, item_shape):
     """Decode data once, in parallel, into a memory-mapped file that all processes of a machine
     share and that later runs find again.
 
-    items: a list or data set; items[i] is a uint8 array (n_i, *item_shape), or raises ValueError.
-    source: what is being decoded, in words. key: all that the result depends on (paths, sizes,
-    times of files; flags): anything else has to be decoded anew.
+    items[i] is a uint8 array (n_i, *item_shape), or raises ValueError. source: what is decoded, in
+    words. key: all that the result depends on (paths, sizes, times of files; flags).
     Returns all items joined, (sum n_i, *item_shape) uint8, and the list of n_i.
     """
     words = (s.encode("utf-8", "surrogateescape") for s in (source, f"{key} {item_shape}"))
@@ -1499,8 +1485,8 @@ def batches(tensor, size, device):
 
 def smallest_int(num_codes):
     """The dtype to keep codes in; they are int64 in use."""
-    return (torch.uint8 if num_codes <= 2 ** 8 else torch.int16 if num_codes <= 2 ** 15
-            else torch.int32)
+    return next(t for t in (torch.uint8, torch.int16, torch.int32)
+                if num_codes - 1 <= torch.iinfo(t).max)
 
 
 def digest(tensor):
@@ -1563,12 +1549,9 @@ def mix(*parts):
 
 
 def schedule(step, steps, decay):
-    """Factor on the learning rate: a line up over the first 100 steps, or the first quarter of a
-    short run, then 1, then a line down to zero over the last part, `decay`.
-
-    Adam's first steps are as long as its later ones however unsure it is; without the way up they
-    carry the encoder's outputs away from a codebook just started there, and codes die.
-    """
+    """Factor on the learning rate: a line up over the first 100 steps (a quarter of a short run),
+    then 1, then a line down to zero over the last part, `decay`. Without the way up, Adam's first
+    steps carry the encoder's outputs away from a codebook just started there, and codes die."""
     up = (step + 1) / min(100, 1 + steps // 4)
     down = (steps - step) / (decay * steps) if decay > 0 else 1.0
     return min(1.0, up, down)
