@@ -1,21 +1,19 @@
 """Autoregressive priors over the codes of a VQ-VAE (sec. 3.3), each with a cached sampler.
 
     1. Drawing a code
-    2. PixelCNN   for images: gated, after the paper's [38], van den Oord et al. 2016,
-                  "Conditional Image Generation with PixelCNN Decoders"
+    2. PixelCNN   for images: gated, after the paper's [38], "Conditional Image Generation with
+                  PixelCNN Decoders", van den Oord et al. 2016
     3. WaveNet    for codes in time, and for raw speech: sec. 4.3's decoder p(x|z), after [37],
-                  van den Oord et al. 2016, "WaveNet: A Generative Model for Raw Audio"
-    4. VideoPrior for clips of code maps, given actions: a PixelCNN over the next frame,
-                  conditioned on a U-Net over the last ones
+                  "WaveNet: A Generative Model for Raw Audio", van den Oord et al. 2016
+    4. VideoPrior for clips of code maps, given actions: a PixelCNN conditioned on a U-Net
 
 p(z) = prod_i p(z_i | z_1 .. z_(i-1)), for images in raster order: left to right, top to bottom.
 Training computes all factors at once: padding keeps each output from seeing its own code and
-later ones. Sampling must go code by code. `sample` computes every activation once;
-`sample_naive`, the whole network for every code, says what it computes, and is its test.
+later ones. Sampling goes code by code. To run the whole network for each would do (the tests and
+the tutorial do it); `sample` computes each activation once, and draws the same codes.
 
 Shapes: codes (B, H, W) or (B, T) int64; K codes; C channels. In section 3 also L layers; S skip
-channels; V values of x (K for codes, 256 for speech); N frames of conditioning, T a multiple of
-N. Needs torch and nothing else.
+channels; V values of x (K for codes, 256 for speech); N frames of conditioning, which divide T.
 
     >>> prior = PixelCNN(num_codes=512, channels=64, num_layers=15)
     >>> prior.sample(4, 8, 8).shape
@@ -44,8 +42,8 @@ def gumbel(*shape, generator=None, device=None):
 def draw(logits, noise, temperature):
     """Sample from softmax(logits / temperature), (B, K) -> (B,), by the Gumbel-max trick.
 
-    argmax(logits / temperature + noise) has exactly that distribution. With the noise as an
-    argument, cached and naive samplers draw the same codes; temperature 0 gives the argmax.
+    argmax(logits / temperature + noise) has exactly that distribution; temperature 0 gives the
+    argmax. The noise is an argument, so that any two samplers can draw the same codes.
     """
     return torch.add(logits, noise, alpha=temperature).argmax(1)
 
@@ -70,12 +68,9 @@ def check(model, **conditions):
 
 class PixelCNNLayer(nn.Module):
     """A gated layer: the vertical stack v looks at the rows above, the horizontal h at this row.
-
-    One masked convolution would have a blind spot: however deep the network, codes above and to
-    the right stay unseen. Two stacks see them all. v and h enter shifted (see PixelCNN.forward),
-    so here a position may look at itself.
-
-    With a kernel of 2r+1, v sees r rows further up and r columns to both sides, h r columns back.
+    (One masked convolution would have a blind spot: however deep the network, codes above and to
+    the right stay unseen.) With a kernel of 2r+1, v sees r rows further up and r columns to both
+    sides, h r columns back. Both enter shifted, so here a position may look at itself.
     """
 
     def __init__(self, channels, kernel, num_classes, cond_channels):
@@ -107,11 +102,9 @@ class PixelCNNLayer(nn.Module):
 
 
 class CodebookHead(nn.Module):
-    """From the horizontal stack to logits, for G codes at every position, one after the other.
-
-    The stacks order the positions. Within a position, the code of codebook g is conditioned on
-    those of the codebooks before it, as green is on red in a PixelCNN over pixels: their
-    embeddings are added to its hidden layer. With G = 1 this is a plain MLP.
+    """From the horizontal stack to logits, for G codes at every position, one after the other: the
+    code of codebook g is conditioned on those before it, as green is on red in a PixelCNN over
+    pixels. Their embeddings are added to its hidden layer. With G = 1 this is a plain MLP.
     """
 
     def __init__(self, channels, num_codes, num_codebooks):
@@ -150,17 +143,15 @@ class CodebookHead(nn.Module):
 
 
 class PixelCNN(nn.Module):
-    """p(codes) for a grid of codes (B, H, W), given a class and / or a conditioning map.
+    """p(codes) for a grid of codes (B, H, W), given a class and / or a conditioning map. The paper
+    says "capacity similar to the PixelCNN paper" and no more.
 
     Args:
         num_codes: K. channels: C, width of both stacks. num_layers: one of kernel 7, the rest of
-            kernel 5 (two rows per layer). The receptive field covers a grid of (H, W) if
-            2 * num_layers + 1 >= max(H - 2, W - 1): see `layers_for`.
+            kernel 5 (two rows per layer); how many a grid needs says `layers_for`.
         num_classes: > 0 for p(codes | label). cond_channels: > 0 for p(codes | map).
         num_codebooks: G > 1 for codes (B, G, H, W), the G codes of a position in order;
             logits are then (B, K, G, H, W).
-
-    The paper says "capacity similar to the PixelCNN paper" and no more.
     """
 
     def __init__(self, num_codes, channels=64, num_layers=15, num_classes=0, cond_channels=0,
@@ -200,9 +191,8 @@ class PixelCNN(nn.Module):
         return self.embed(codes + first).sum(-2)
 
     def positions(self, height, width):
-        """Positional encoding (H, W, C), from eight cosines of the row and eight of the column.
-        Convolutions alone must infer a position from the zero padding, over many layers. Not in
-        the paper."""
+        """Positional encoding (H, W, C), from eight cosines of the row and eight of the column. Not
+        in the paper: convolutions alone must infer a position from the zero padding."""
         weight = self.pos_embed.weight
         at = [(torch.arange(n, device=weight.device) + 0.5) / n for n in (height, width)]  # 0 .. 1
         at = torch.stack(torch.meshgrid(at, indexing="ij"), 2).unsqueeze(3)        # (H, W, 2, 1)
@@ -210,28 +200,11 @@ class PixelCNN(nn.Module):
         return self.pos_embed(waves.to(weight.dtype))                  # (H, W, 16) -> (H, W, C)
 
     @torch.no_grad()
-    def sample_naive(self, batch, height, width, labels=None, cond=None, temperature=1.0,
-                     generator=None):
-        """Ancestral sampling as one would write it first: the whole network for every code."""
-        G, K, device = self.num_codebooks, self.num_codes, self.embed.weight.device
-        codes = torch.zeros(batch, G, height, width, dtype=torch.long, device=device)
-        for i in range(height):
-            noise = gumbel(width, G, batch, K, generator=generator, device=device)
-            for j in range(width):
-                for g in range(G):
-                    logits = self(codes.squeeze(1) if G == 1 else codes, labels, cond)
-                    logits = logits.view(batch, K, G, height, width)[:, :, g, i, j]
-                    codes[:, g, i, j] = draw(logits, noise[j, g], temperature)
-        return codes.squeeze(1) if G == 1 else codes
-
-    @torch.no_grad()
     def sample(self, batch, height, width, labels=None, cond=None, temperature=1.0,
                generator=None):
-        """The same codes from the same generator, for about the work of one forward pass.
-
-        Row by row for the vertical stack, which sees only finished rows; code by code for the
-        horizontal one. Returns (batch, height, width) int64, or (batch, G, height, width).
-        """
+        """Ancestral sampling for about the work of one forward pass: row by row for the vertical
+        stack, which sees only finished rows; code by code for the horizontal one.
+        Returns (batch, height, width) int64, or (batch, G, height, width)."""
         check(self, labels=(labels, self.num_classes), cond=(cond, self.cond_channels))
         B, C, G, W = batch, self.channels, self.num_codebooks, width
         device = self.embed.weight.device
@@ -275,12 +248,9 @@ class PixelCNN(nn.Module):
         bias[..., :self.channels] *= 2                 # see WaveNet.matrices
 
     def stepper(self, bias):
-        """A function step(j, h (B, C)) -> h (B, C): the horizontal stack at column j of a row.
-
-        Four operations per layer, each into memory laid out here. A layer's inputs of the whole
-        row lie side by side, so that the window of a position is one slice. The tanh is folded
-        into the sigmoid: see WaveNet.matrices.
-        """
+        """A function step(j, h (B, C)) -> h (B, C): the horizontal stack at column j of a row. Four
+        operations per layer, each into memory laid out here. A layer's inputs of the row lie side
+        by side: the window of a position is one slice. For the sigmoid see WaveNet.matrices."""
         B, W, C, new, columns = *bias.shape[1:3], self.channels, bias.new_zeros, []
         gates, z, top = new(B, 2 * C), new(B, C), new(B, C)
         a, b = gates.chunk(2, 1)
@@ -311,8 +281,7 @@ class PixelCNN(nn.Module):
 
 class WaveNet(nn.Module):
     """p(x) for a series x (B, T) of V values: the prior over codes. With conditioning p(x|z, s):
-    the decoder of raw speech, "conditioned on both the latents and a one-hot embedding for the
-    speaker".
+    sec. 4.3's decoder, "conditioned on both the latents and a one-hot embedding for the speaker".
 
     Args:
         num_values: V, 256 for mu-law speech, K for codes.
@@ -321,11 +290,8 @@ class WaveNet(nn.Module):
         cond_channels: > 0 for local conditioning, num_speakers: > 0 for global.
 
     The paper says "a dilated convolutional architecture similar to WaveNet decoder". The sizes
-    are those of the WaveNets in public use; 30 layers see 3070 samples (`receptive_field`).
-
-    x enters through an embedding, which equals [37]'s one-hot input. A scalar input suits speech
-    alone (codes have no order), and learns more slowly: 6.25 bits per sample against 5.81 after
-    the first 100 steps on recorded digits, 10 layers of 32 channels.
+    are those of the WaveNets in public use; 30 layers see 3070 samples (`receptive_field`). x
+    enters through an embedding, which equals [37]'s one-hot input.
     """
 
     def __init__(self, num_values=256, channels=64, num_layers=30, cycle=10, skip_channels=256,
@@ -353,10 +319,7 @@ class WaveNet(nn.Module):
 
     def forward(self, x, cond=None, speaker=None):
         """x (B, T) int64, cond (B, cond_channels, N), speaker (B,) int64 -> logits (B, V, T).
-
-        logits[:, :, t] see x[:, :t], no more. N is T or a divisor of it: each frame of cond
-        lasts T/N samples, 64 for latents 64 times slower than speech.
-        """
+        logits[:, :, t] see x[:, :t], no more. Each frame of cond lasts T/N samples."""
         self.check(x.shape[1], cond, speaker)
         h = F.pad(self.embed(x).transpose(1, 2), (1, -1))              # (B, C, T): t holds t-1
         biases = self.bias(cond, speaker)
@@ -388,24 +351,8 @@ class WaveNet(nn.Module):
             raise ValueError(f"{cond.shape[2]} frames of cond do not divide {length} samples")
 
     @torch.no_grad()
-    def sample_naive(self, batch, length, cond=None, speaker=None, temperature=1.0,
-                     generator=None):
-        """Ancestral sampling as one would write it first: the receptive field for every sample."""
-        self.check(length, cond, speaker)
-        x = torch.zeros(batch, length, dtype=torch.long, device=self.embed.weight.device)
-        rate = 1 if cond is None else length // cond.shape[2]          # the window has whole frames
-        for t, noise in enumerate(self.noise(batch, length, generator)):
-            first = max(0, t - self.receptive_field) // rate
-            last = t // rate + 1
-            part = None if cond is None else cond[:, :, first:last]
-            logits = self(x[:, first * rate:last * rate], part, speaker)[:, :, t - first * rate]
-            x[:, t] = draw(logits, noise, temperature)
-        return x
-
-    @torch.no_grad()
     def sample(self, batch, length, cond=None, speaker=None, temperature=1.0, generator=None):
-        """The same x (batch, length) int64 from the same generator, one column of activations
-        per sample."""
+        """Ancestral sampling, one column of activations per sample: x (batch, length) int64."""
         self.check(length, cond, speaker)
         x = torch.zeros(length, batch, dtype=torch.long, device=self.embed.weight.device)
         rate = length // (1 if cond is None else cond.shape[2])
@@ -455,12 +402,10 @@ class WaveNet(nn.Module):
         return step
 
     def matrices(self):
-        """All weights of a step as matrices (in, out), the tanh folded into the sigmoid.
-
+        """All weights of a step as matrices (in, out), the tanh folded into the sigmoid:
         tanh(a) = 2 sigmoid(2a) - 1, so with s = sigmoid(2a), tanh(a) sigmoid(b) is
-        2 s sigmoid(b) - sigmoid(b): double what makes a, and one sigmoid does both. (On a CPU
-        tanh takes up to three times as long.)
-        """
+        2 s sigmoid(b) - sigmoid(b). Double what makes a, and one sigmoid does both. (On a CPU
+        tanh takes up to three times as long.)"""
         w = torch.stack([conv.weight for conv in self.dilated])        # (L, 2C, C, 2)
         w[:, :self.channels] *= 2
         past, now = w.permute(3, 0, 2, 1).contiguous()                 # each (L, C, 2C)
@@ -500,10 +445,8 @@ class WaveNet(nn.Module):
 class ActionBlock(nn.Module):
     """Residual block of two 3x3 convolutions. The action scales and shifts its hidden channels:
     FiLM (Perez et al. 2018), here for each position, since a step forward moves the left half of
-    the picture to the left and the right half to the right. Without the normalisation the
-    network is very slow to learn to copy. A actions, "unknown" among them; F channels of
-    VideoPrior.action_map.
-    """
+    the picture to the left and the right half to the right. Without the normalisation the network
+    is slow to learn to copy. A actions, "unknown" among them; F action_channels."""
 
     def __init__(self, channels, action_channels):
         super().__init__()
@@ -524,10 +467,9 @@ class VideoPrior(nn.Module):
     """p(z_t | z_<t, a_<t) for clips of code maps z_t (H, W): sec. 4.4, p(z_1, .., z_T).
 
     From the last `context` maps and the last action (the effects of earlier ones are in the maps)
-    a U-Net computes a feature map; a gated PixelCNN conditioned on it generates the next map
-    code by code. A turn moves the picture by several columns, so the last map also enters through
-    a convolution whose kernel is the action's; five 3x3 convolutions at a quarter of the
-    resolution reach 20 columns. The skip connections keep the detail.
+    a U-Net computes a feature map; a gated PixelCNN conditioned on it generates the next map. A
+    turn moves the picture by several columns, so the last map also enters through a convolution
+    whose kernel is the action's; 3x3 convolutions at a quarter of the resolution reach 20 columns.
 
     Args:
         num_codes: K. num_actions: 0 for a model without actions.
@@ -567,11 +509,9 @@ class VideoPrior(nn.Module):
         nn.init.normal_(self.action_conv.weight, std=(E * taps) ** -0.5)
 
     def forward(self, codes, actions=None, last=None):
-        """codes (B, T, H, W), actions (B, T-1) or None -> logits (B, K, T, H, W).
-
-        logits[:, :, t, i, j] see the frames t - context .. t - 1, the action a_(t-1) that leads
-        from there to frame t, and the codes of frame t before (i, j). With `last`, only the
-        logits of the last so many frames: (B, K, last, H, W)."""
+        """codes (B, T, H, W), actions (B, T-1) or None -> logits (B, K, T, H, W), or with `last`
+        those of the last so many frames. logits[:, :, t, i, j] see the frames t - context .. t - 1,
+        the action that leads to frame t, and the codes of frame t before (i, j)."""
         B, T = codes.shape[:2]
         n = T if last is None else last
         actions = self.check(codes, actions, T - 1)
@@ -629,10 +569,8 @@ class VideoPrior(nn.Module):
     @torch.no_grad()
     def sample(self, codes, actions=None, frames=1, temperature=1.0, generator=None):
         """Continue codes (B, T, H, W) int64, T >= 0, by `frames` code maps: (B, frames, H, W).
-
         actions (B, T + frames - 1): those between the given frames, then those of the roll-out.
-        The U-Net runs once per frame, the PixelCNN samples with its caches. No pixel is needed.
-        """
+        The U-Net runs once per frame. No pixel is needed."""
         (B, T, H, W), n = codes.shape, self.context
         actions = self.check(codes, actions, T + frames - 1)
         if actions.numel() and not -1 <= actions.min() <= actions.max() < self.num_actions:

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image
 
 import train_image
 from conftest import ROOT
+from naive import sample_pixelcnn
 from prior import PixelCNN
 from test_images import SIGNAL_AT, TINY, checkpoint, main, start  # noqa: F401 (main: a fixture)
 from test_run import python, same, stopped
@@ -140,7 +142,7 @@ def test_cached_sampling_given_a_global_code_equals_naive(vqvae):
     z = vqvae.quantizer.lookup(torch.tensor([[1, 2, 3], [1, 9, 3]]).view(2, 3, 1, 1)) * 100
     vqvae.decoder.head.weight.data *= 100              # sure of itself: small errors change codes
     cached, naive = (sample(2, *FIELD, cond=z, generator=torch.Generator().manual_seed(0))
-                     for sample in (vqvae.decoder.sample, vqvae.decoder.sample_naive))
+                     for sample in (vqvae.decoder.sample, partial(sample_pixelcnn, vqvae.decoder)))
     assert torch.equal(cached, naive)
 
 
@@ -182,7 +184,7 @@ def test_each_column_of_figure_5_is_about_the_image_at_its_top():
         args, device, rank, rehearsing = train_image.make_parser().parse_args([]), "cpu", 0, False
         args.num_codes = 512
 
-        def picture(self, name, images, title, columns, rows):
+        def picture(self, name, images, title, columns=(), rows=()):
             shown.update(images=images, rows=rows)
 
         def decode(self, codes):                       # an image as bright as its code

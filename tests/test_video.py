@@ -22,7 +22,8 @@ from PIL import Image
 
 import train_video
 from conftest import ROOT
-from prior import VideoPrior, draw, gumbel
+from naive import sample_video
+from prior import VideoPrior
 from train_video import (ACTIONS, GENERATED, GIVEN, Clips, Play, RollOut, Stretches, World,
                          action_accuracy, bits_per_code, demo_clips, demo_part, is_moving,
                          judge_accuracy, judge_loss, load, load_parts, make_judge, measure_films,
@@ -112,19 +113,6 @@ def test_the_last_frames_alone_get_the_same_logits():
         assert torch.allclose(prior(codes, actions, last=last), whole[:, :, 5 - last:]), last
 
 
-def sample_naive(prior, codes, actions, frames, generator):
-    """Ancestral sampling as one would write it first: the whole network, over the whole clip, for
-    every code."""
-    B, T, H, W = codes.shape
-    clip = F.pad(codes, (0, 0, 0, 0, 0, frames))       # (B, T + frames, H, W)
-    for t in range(T, T + frames):
-        for i in range(H):
-            noise = gumbel(W, B, prior.num_codes, generator=generator)
-            for j in range(W):
-                clip[:, t, i, j] = draw(prior(clip, actions)[:, :, t, i, j], noise[j], 1.0)
-    return clip[:, T:]
-
-
 @pytest.mark.parametrize("given, num_actions", [(0, 2), (1, 2), (3, 2), (3, 0)])
 def test_cached_sampler_equals_naive(given, num_actions):
     prior = VideoPrior(7, num_actions, 16, num_layers=2, context=2).double()
@@ -133,7 +121,7 @@ def test_cached_sampler_equals_naive(given, num_actions):
     codes = torch.randint(7, (3, given, 3, 5))
     actions = torch.randint(num_actions, (3, given + 1)) if num_actions else None
     one, two = (f(codes, actions, frames=2, generator=torch.Generator().manual_seed(5))
-                for f in (prior.sample, partial(sample_naive, prior)))
+                for f in (prior.sample, partial(sample_video, prior)))
     assert one.shape == (3, 2, 3, 5) and one.dtype == torch.long
     assert torch.equal(one, two)
 
