@@ -8,9 +8,7 @@
     python train_audio.py --reconstruct me.wav     your recording through the codes,
     python train_audio.py --convert me.wav --to alto              and in another voice
 
-(1) Reconstruction by sampling the decoder, (2) a prior over the codes and speech from it, (3)
-conversion by another speaker's one-hot, (4) each code read as its most likely phone. --out
-(runs/audio) receives reconstructions.png (the paper's fig. 6) and its WAVs, samples.png and
+--out (runs/audio) receives reconstructions.png (the paper's fig. 6) and its WAVs, samples.png and
 theirs, phones.png, curves.png, metrics.json, log.csv, config.json and checkpoints.
 """
 

@@ -6,16 +6,14 @@
     python train_video.py --no-actions             a prior that is not conditioned on actions
     python train_video.py --data clips.npz --preset paper        your own clips, on a GPU
     python train_video.py --resume                 continue runs/video, as if never stopped
-    torchrun --nproc_per_node=2 train_video.py     the same run over several processes
 
-Stage one trains a VQ-VAE on single frames. Then it is frozen, every frame is encoded once, and
-a VideoPrior learns p(z_1, .., z_T | actions). A roll-out gets 6 frames and generates 10 "purely
-in the latent space"; the decoder makes pictures of them at the end. --out (runs/video) receives
-rollout.png (the paper's fig. 7), rollout.gif, rollout_long.png, metrics.json and checkpoints.
+A roll-out gets 6 frames and generates 10 "purely in the latent space"; the decoder makes pictures
+of them at the end. --out (runs/video) receives rollout.png (the paper's fig. 7), rollout.gif,
+rollout_long.png, metrics.json and checkpoints.
 
---data: an .npz with `frames` (N, T, H, W, 3) uint8 and `actions` (N, T) or (N, T-1) integers
-from 0; or a folder with frames.npy and actions.npy, which stay on the disk (a memory map).
-actions[n, t] leads from frames[n, t] to frames[n, t + 1].
+--data: an .npz with `frames` (N, T, H, W, 3) uint8 and `actions` (N, T) or (N, T-1), integers from
+0, actions[n, t] from frames[n, t] to frames[n, t + 1]; or a folder with frames.npy and
+actions.npy, which stay on the disk (a memory map).
 """
 
 import itertools
@@ -134,9 +132,9 @@ def prior_loss(net, z, action):
 
 
 def make_judge(num_actions):
-    """Inverse dynamics: which action leads from a frame to the next? (B, 2, 3, H, W) in
-    [-0.5, 0.5] -> logits (B, actions). Trained on real frames, it is asked about imagined ones:
-    after some steps two different futures may both be right, but a left turn must look like one."""
+    """Inverse dynamics: which action leads from a frame to the next? (B, 2, 3, H, W) in [-0.5, 0.5]
+    -> logits (B, actions). Asked about imagined frames: two futures may both be right, but a left
+    turn must look like one."""
     layers = [nn.Flatten(1, 2)]
     for i, o in ((6, 32), (32, 64), (64, 64)):
         layers += [nn.Conv2d(i, o, 5, 2, 2), nn.GroupNorm(1, o), nn.ReLU()]

@@ -356,8 +356,7 @@ class Encoder(nn.Sequential):
     """x (B, C, ...) -> z_e (B, out_channels, ...), each axis smaller by the product of strides.
 
     "2 strided convolutional layers with stride 2 and window size 4 x 4, followed by two residual
-    3 x 3 blocks": strides=(2, 2). An axis must be a multiple of the product of the strides.
-    The 1x1 convolution at the end is not in the paper; it brings `hidden` channels to G*D.
+    3 x 3 blocks". The 1x1 convolution at the end, to G*D channels, is not in the paper.
     """
 
     def __init__(self, in_channels, hidden, res_hidden, out_channels, strides=(2, 2), ndim=2):
@@ -596,9 +595,8 @@ def bits_per_dim(model, images, batch=32):
     least any one of them, so log p(x) >= log p(x|z_q(x)) p(z_q(x)). The uniform prior gives each
     of the N latents of an image 1/K, hence
         -log p(x) <= -log p(x|z_q)  [distortion]  +  N log K  [rate, the KL of sec. 3.1].
-    Divided by log 2 and by the number of bytes in x these are bits per dimension. The VAE's
-    bound has the same two parts, with the KL of its Gaussians as rate; VIMCO's is split in
-    VIMCO.forward. A model that knows nothing pays exactly 8: it had better send x as it is.
+    Divided by log 2 and by the number of bytes in x: bits per dimension. The VAE's rate is the KL
+    of its Gaussians; VIMCO's bound is split in VIMCO.forward. To know nothing costs exactly 8.
 
     Returns {"bits_per_dim", "rate", "distortion"}; eval mode. VAE and VIMCO draw z: seed torch.
     """
@@ -646,11 +644,10 @@ class VAE(nn.Module):
     """Gaussian z with the reparametrisation trick (the paper's [23, 32]): `latents` numbers at each
     position. More than it needs cost nothing: q(z|x) of the spare ones becomes the prior, KL 0."""
 
-    def __init__(self, likelihood, latents=32, channels=3, hidden=256, res_hidden=256,
-                 strides=(2, 2)):
+    def __init__(self, likelihood, latents=32, channels=3, hidden=256, res_hidden=256):
         super().__init__()
-        self.encoder = Encoder(channels, hidden, res_hidden, 2 * latents, strides)
-        self.decoder = Decoder(latents, hidden, res_hidden, channels * likelihood.outputs, strides)
+        self.encoder = Encoder(channels, hidden, res_hidden, 2 * latents)
+        self.decoder = Decoder(latents, hidden, res_hidden, channels * likelihood.outputs)
         self.likelihood = likelihood
 
     def forward(self, x):
@@ -691,7 +688,7 @@ class VIMCO(nn.Module):
     """
 
     def __init__(self, likelihood, num_codes=512, num_codebooks=10, code_dim=32, samples=50,
-                 prior="uniform", channels=3, hidden=256, res_hidden=256, strides=(2, 2), chunk=10):
+                 prior="uniform", channels=3, hidden=256, res_hidden=256, chunk=10):
         super().__init__()
         if samples < 2:
             raise ValueError(f"samples {samples}: each is judged by the others, so at least 2")
@@ -699,8 +696,8 @@ class VIMCO(nn.Module):
         self.num_codes, self.num_codebooks, self.samples, self.prior = K, G, samples, prior
         self.chunk = chunk
         K, D = (2, 1) if prior == "gaussian" else (K, D)               # mean and log variance
-        self.encoder = Encoder(channels, hidden, res_hidden, G * K, strides)
-        self.decoder = Decoder(G * D, hidden, res_hidden, channels * likelihood.outputs, strides)
+        self.encoder = Encoder(channels, hidden, res_hidden, G * K)
+        self.decoder = Decoder(G * D, hidden, res_hidden, channels * likelihood.outputs)
         if prior != "gaussian":
             self.codebook = nn.Embedding(G * K, D)     # rows g*K .. (g+1)*K - 1 belong to slice g
             # log p(z) but for its normaliser, the same at every position.
@@ -745,8 +742,8 @@ class VIMCO(nn.Module):
         nll = torch.cat(nll)                                           # (S, B)
         log_f = log_p - nll - log_q                                    # (S, B)
         bound, surrogate = vimco(log_f, log_q)
-        # L pays for this code: draw S, keep one with probability w_s = f_s / sum f. What the one
-        # that is kept leaves to p(x|z) is the distortion; the rest of L was spent on z.
+        # L pays for this code: draw S, keep one with probability w_s = f_s / sum f. What that one
+        # leaves to p(x|z) is the distortion; the rest of L was spent on z.
         distortion = (log_f.softmax(0) * nll).sum(0).detach()
         codes = None if self.prior == "gaussian" else z[0]
         return Output(-surrogate.mean() / x[0].numel(), distortion, -bound.detach() - distortion,
@@ -773,10 +770,10 @@ def vimco(log_f, log_q):
     Returns bound (B,), L = log 1/S sum_s f_s, whose mean is <= log p(x), and surrogate (B,).
 
     grad E[L] = E[ sum_s L grad log q(z_s|x) + grad L ], the last with every z_s held fixed. The
-    first part is REINFORCE: every sample gets the same reward L, whoever earned it. VIMCO gives
-    sample s what it alone has brought, L - L_-s, where L_-s is L with f_s replaced by the
-    geometric mean of the others. L_-s does not depend on z_s, so E[L_-s grad log q(z_s|x)] = 0:
-    the mean stays, the variance falls.
+    first part is REINFORCE: every sample gets the same reward L. VIMCO gives sample s what it
+    alone has brought, L - L_-s, where L_-s is L with f_s replaced by the geometric mean of the
+    others. It does not depend on z_s, so E[L_-s grad log q(z_s|x)] = 0: the mean stays, the
+    variance falls.
     """
     S = len(log_f)
     bound = log_f.logsumexp(0) - math.log(S)
@@ -942,23 +939,19 @@ class Parser(argparse.ArgumentParser):
         flag("--prior-steps", type=positive(int), help="training steps of the prior")
         flag("--batch-size", type=positive(int), help="examples per step, over all processes")
         flag("--lr", type=positive(float), help="Adam's learning rate (paper 2e-4)")
-        flag("--lr-decay", type=fraction, default=0.0, metavar="F", help="the learning rate falls "
-             "linearly to zero over this last part of each stage (paper 0)")
+        flag("--lr-decay", type=fraction, default=0.0, help="last part over which --lr falls to 0")
         flag("--clip-norm", type=positive(float), help="largest norm of a gradient (paper: none)")
-        flag("--codebook", choices=["loss", "ema"], default="loss", help="learns by eq. 3, term 2 "
-             "(the paper's experiments), or as moving averages (A.1)")
+        flag("--codebook", choices=["loss", "ema"], default="loss", help="eq. 3, term 2; or A.1")
         flag("--num-codes", type=positive(int), default=512, help="K (paper 512; phonemes 128)")
         flag("--code-dim", type=positive(int), default=64, help="D (not in the paper)")
-        flag("--beta", type=positive(float), default=0.25, help="weight of the commitment term "
-             "(paper 0.25)")
+        flag("--beta", type=positive(float), default=0.25, help="of eq. 3, term 3 (paper 0.25)")
         flag("--hidden", type=positive(int), help="channels of encoder and decoder (paper 256)")
         flag("--prior-channels", type=positive(int), help="channels of the prior")
         flag("--seed", type=natural, default=0, help="of data, weights, batches and samples")
         flag("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
-        flag("--precision", choices=["fp32", "bf16"], default="fp32", help="bf16: autocast in "
-             "training; the search for the nearest code stays in float32")
-        flag("--keep", choices=["best", "last"], default="best", help="which weights: those of the "
-             "lowest validation loss, or the last")
+        flag("--precision", choices=["fp32", "bf16"], default="fp32", help="bf16: autocast")
+        flag("--keep", choices=["best", "last"], default="best", help="weights: best on validation "
+             "data, or last")
         flag("--finetune", type=path, metavar="RUN", help="start from a finished run's weights")
         flag("--resume", action="store_true", help="continue the run in --out, with its flags")
 
