@@ -32,7 +32,6 @@ import torch.nn.functional as F
 
 # == 1. Drawing a code ========================================================================
 
-
 def gumbel(*shape, generator=None, device=None):
     """Standard Gumbel noise, the random numbers behind `draw`."""
     noise = torch.empty(shape, device=device).exponential_(generator=generator)
@@ -64,7 +63,6 @@ def check(model, **conditions):
 
 
 # == 2. PixelCNN ==============================================================================
-
 
 class PixelCNNLayer(nn.Module):
     """A gated layer: the vertical stack v looks at the rows above, the horizontal h at this row.
@@ -278,7 +276,6 @@ class PixelCNN(nn.Module):
 
 # == 3. WaveNet ===============================================================================
 
-
 class WaveNet(nn.Module):
     """p(x) for a series x (B, T) of V values: the prior over codes. With conditioning p(x|z, s):
     sec. 4.3's decoder, "conditioned on both the latents and a one-hot embedding for the speaker".
@@ -440,7 +437,6 @@ class WaveNet(nn.Module):
 
 
 # == 4. VideoPrior (sec. 4.4) =================================================================
-
 
 class ActionBlock(nn.Module):
     """Residual block of two 3x3 convolutions. The action scales and shifts its hidden channels:

@@ -8,8 +8,9 @@
     python train_audio.py --reconstruct me.wav     your recording through the codes,
     python train_audio.py --convert me.wav --to alto              and in another voice
 
---out (runs/audio) receives reconstructions.png (the paper's fig. 6) and its WAVs, samples.png and
-theirs, phones.png, curves.png, metrics.json, log.csv, config.json and checkpoints.
+(1) Reconstruction by sampling the decoder, (2) a prior over the codes and speech from it, (3)
+conversion by another speaker's one-hot, (4) each code read as its most likely phone. --out
+(runs/audio) receives pictures, WAVs, numbers (README explains each), log.csv and checkpoints.
 """
 
 import math
@@ -32,10 +33,9 @@ from vqvae import (Encoder, Parser, count_codes, digest, find_files, fraction, l
                    loss_per_latent, make_quantizer, number, path, perplexity, pick_device, plain,
                    positive, prepare, read_run, reading, safe_name, smallest_int, to_unit)
 
-PAPER = dict(steps=500_000, prior_steps=250_000, batch_size=16, lr=2e-4,
-             sample_rate=16_000, num_codes=512, code_dim=64, hidden=256, channels=64,
-             skip_channels=256, layers=30, cycle=10, past_dropout=0.0, prior_channels=256,
-             crop=10_240, clip=40_960, test_clips=10, temperature=0.8, demo_utterances=300)
+PAPER = dict(steps=500_000, prior_steps=250_000, batch_size=16, lr=2e-4, sample_rate=16_000,
+             hidden=256, channels=64, skip_channels=256, layers=30, cycle=10, past_dropout=0.0,
+             prior_channels=256, crop=10_240, clip=40_960, test_clips=10)
 PRESETS = {
     # 8 kHz -> 62.5 codes of 7 bits a second, 146 times fewer bits than 8-bit speech. The decoder
     # looks back 256 samples, three periods of the deepest voice and less than half a phone: it
@@ -43,8 +43,7 @@ PRESETS = {
     "demo": dict(steps=3500, prior_steps=200, batch_size=8, lr=4e-3, lr_decay=0.5,
                  codebook="ema", sample_rate=8000, strides=(2,) * 7, num_codes=128,
                  code_dim=8, hidden=64, channels=32, skip_channels=64, layers=8, cycle=8,
-                 past_dropout=0.1, prior_channels=64, crop=1024, clip=16_000, test_clips=40,
-                 temperature=0.8, demo_utterances=300),
+                 past_dropout=0.1, prior_channels=64, crop=1024, clip=16_000, test_clips=40),
     # "6 strided convolutions with stride 2": 64x. Widths, batch, crop, steps are not in the paper.
     "paper": dict(PAPER, strides=(2,) * 6),
     # "128 times smaller", chunks of 40,960 samples: 320 codes.
@@ -68,15 +67,14 @@ def main(run, data):
     judge = fit_judge(run, data)                       # not a part of the model
     if run.rank != 0:
         return
-    windows = data.windows(run.args.clip, run.args.clip)[2]            # --test-clips, evenly spread
-    count = few(run, min(run.args.test_clips, len(windows)))
-    clips = windows[torch.linspace(0, len(windows) - 1, count).long()]
-    clips = Clips(*clips, in_batches(vqvae.encode, run.device, 16, clips[0]))
+    test = data.windows(run.args.clip, run.args.clip)[2]
+    spread = torch.linspace(0, len(test) - 1, min(run.args.test_clips, len(test))).long()
+    clips = Clips(*test[spread], in_batches(vqvae.encode, run.device, 16, test[spread][0]))
     metrics = rates(run, vqvae, prior, data, codes, clips)
 
     # Experiments 1 and 3: the codes of each clip are decoded in its own voice, column 0, and in
     # others. "The reconstruction has the same content", and in another voice should have it still.
-    voices = (clips.speaker[:, None] + torch.arange(few(run, min(8, S)))) % S          # (M, V)
+    voices = (clips.speaker[:, None] + torch.arange(min(8, S))) % S    # (M, V)
     drawn = draw(run, vqvae, clips.codes, voices)      # (M, V, T)
     save_reconstructions(run, data, clips, voices, drawn)
     metrics |= judge_speech(run, judge, data, clips, voices, drawn)
@@ -88,7 +86,6 @@ def main(run, data):
 
 # -- The model, and its two stages ------------------------------------------------------------
 
-
 class SpeechVQVAE(nn.Module):
     """Encoder (strided convolutions), quantiser, and WaveNet decoder p(x | z_q, speaker):
     x (B, T) uint8 levels, T a multiple of the product of the strides; speaker (B,) int64."""
@@ -96,16 +93,14 @@ class SpeechVQVAE(nn.Module):
     def __init__(self, args, speakers):
         super().__init__()
         self.hop = math.prod(args.strides)             # samples that share a code
-        self.encoder = Encoder(1, args.hidden, max(1, args.hidden // 2), args.code_dim,
-                               args.strides, ndim=1)
+        D, C = args.code_dim, args.channels
+        self.encoder = Encoder(1, args.hidden, max(1, args.hidden // 2), D, args.strides, ndim=1)
         self.quantizer = make_quantizer(args)
         self.past_dropout = args.past_dropout
         # The decoder may look at the codes before and after: all of them are known to it.
-        self.context = nn.Sequential(nn.Conv1d(args.code_dim, args.channels, 3, padding=1),
-                                     nn.ReLU())
-        self.decoder = WaveNet(256, args.channels, args.layers, args.cycle,
-                               skip_channels=args.skip_channels, cond_channels=args.channels,
-                               num_speakers=speakers)
+        self.context = nn.Sequential(nn.Conv1d(D, C, 3, padding=1), nn.ReLU())
+        self.decoder = WaveNet(256, C, args.layers, args.cycle, args.skip_channels,
+                               cond_channels=C, num_speakers=speakers)
         # torch's own initialisation loses two thirds of the variance in each convolution: little
         # of x gets through the encoder, the decoder learns to do without, all codes die.
         for layer in (m for m in self.modules() if isinstance(m, nn.Conv1d)):
@@ -129,9 +124,8 @@ class SpeechVQVAE(nn.Module):
     def nll(self, x, z_q, speaker):
         past = x.long()
         if self.training and self.past_dropout:
-            # Not in the paper (Bowman et al. 2016 did it to words): random samples in the past.
-            # What was drawn a little wrong then does not carry the sampler away, and a past that
-            # may lie makes the decoder listen to the codes.
+            # Not in the paper (Bowman et al. 2016 did it to words): with random samples in the past
+            # small errors do not carry the sampler away, and the decoder depends on the codes.
             wrong = torch.rand(x.shape, device=x.device) < self.past_dropout
             past = torch.where(wrong, torch.randint_like(past, 256), past)
         logits = self.decoder(past, self.context(z_q), speaker)        # (B, 256, T)
@@ -155,27 +149,22 @@ class SpeechVQVAE(nn.Module):
 def fit_vqvae(run, data):
     """Stage one. While the VQ-VAE is trained, the prior is "kept constant and uniform"."""
     args, model = run.args, SpeechVQVAE(run.args, len(data.speakers))
-    run.say(f"{len(data.speakers)} speakers, {len(data.levels) / data.rate / 60:.1f} minutes; the "
-            f"decoder sees the last {model.decoder.receptive_field} samples")
 
     def loss(net, x, speaker, start):
         loss, nll, codes = net(x, speaker)
         return loss, {"bits_per_sample": nll.detach().mean() / math.log(2),
                       "codes_used": count_codes(codes, args.num_codes)}
     train, valid, _ = data.windows(args.crop, max(1, data.hop // 4))
-    return run.fit("vqvae", model, loss, train, args.steps, args.batch_size, args.lr,
-                   valid)
+    return run.fit("vqvae", model, loss, train, args.steps, args.batch_size, args.lr, valid)
 
 
 def encode_all(run, vqvae, data):
     """The code of every hop of data.levels, zeros where that belongs to no part: (S / hop,)."""
-    hop, kind = data.hop, smallest_int(run.args.num_codes)
-    codes = torch.zeros(len(data.levels) // hop, dtype=kind)
-    size = max(1, 2 ** 16 // hop)                      # codes at a time, to bound the memory
+    hop, size = data.hop, max(1, 2 ** 16 // data.hop) * data.hop       # so many samples at a time
+    codes = torch.zeros(len(data.levels) // hop, dtype=smallest_int(run.args.num_codes))
     for first, length in sum(data.parts, []):
-        for at in range(first // hop, (first + length) // hop, size):
-            x = data.levels[at * hop:min((at + size) * hop, first + length)].to(run.device)
-            codes[at:at + len(x) // hop] = vqvae.encode(x[None])[0].cpu()
+        codes[first // hop:(first + length) // hop] = in_batches(
+            lambda x: vqvae.encode(x[None])[0], run.device, size, data.levels[first:first + length])
     return codes
 
 
@@ -199,11 +188,6 @@ def make_prior(args, length):
 
 # -- The experiments, what is measured of them, and their pictures ----------------------------
 
-
-def few(run, n):
-    return min(n, 2) if run.rehearsing else n
-
-
 def in_batches(function, device, size, *tensors):
     """torch.cat of function over CPU tensors, `size` rows at a time on the device."""
     return torch.cat([function(*(x.to(device) for x in part)).cpu()
@@ -212,31 +196,30 @@ def in_batches(function, device, size, *tensors):
 
 def draw(run, vqvae, codes, voices):
     """Speech for codes (M, N), each in V voices (M, V): (M, V, T) uint8."""
-    (M, V), N = voices.shape, few(run, codes.shape[1])
-    run.say(f"drawing {M * V} x {N * vqvae.hop} samples of speech")
+    (M, V), codes = voices.shape, codes[:, :2 if run.rehearsing else None]
+    run.say(f"drawing {M * V} x {codes.shape[1] * vqvae.hop} samples of speech")
     generator = torch.Generator(run.device).manual_seed(run.args.seed)
     return in_batches(lambda z, s: vqvae.sample(z, s, run.args.temperature, generator), run.device,
-                      256, codes[:, :N].repeat_interleave(V, 0), voices.flatten()).view(M, V, -1)
+                      256, codes.repeat_interleave(V, 0), voices.flatten()).view(M, V, -1)
 
 
 def save_reconstructions(run, data, clips, voices, drawn):
     """The paper's fig. 6, for a clip of each of up to four speakers."""
-    rows = []
-    for i in (int((clips.speaker == s).nonzero()[0]) for s in clips.speaker.unique()[:4]):
-        rows.append([(f"original: {data.speakers[clips.speaker[i]]}", to_wave(clips.levels[i]))]
-                    + [(f"decoded as {data.speakers[s]}", to_wave(x))
-                       for s, x in zip(voices[i], drawn[i, :2])])
-    sheet(run.write, "reconstructions", data.rate, rows)
+    first = [int((clips.speaker == s).nonzero()[0]) for s in clips.speaker.unique()[:4]]
+    sheet(run.write, "reconstructions", data.rate, [
+        [(f"original: {data.speakers[clips.speaker[i]]}", to_wave(clips.levels[i]))]
+        + [(f"decoded as {data.speakers[s]}", to_wave(x)) for s, x in zip(voices[i], drawn[i, :2])]
+        for i in first])
 
 
 def save_samples(run, vqvae, prior, data, clips):
     """Experiment 2: codes from the prior, then x ~ p(x | codes, speaker), in up to four voices."""
     who, generator = clips.speaker.unique()[:4], torch.Generator(run.device)
-    codes = prior.sample(len(who), few(run, clips.codes.shape[1]),
+    codes = prior.sample(len(who), clips.codes.shape[1],
                          generator=generator.manual_seed(run.args.seed)).cpu()
-    drawn = draw(run, vqvae, codes, who[:, None])
-    sheet(run.write, "samples", data.rate, [[(f"voice {data.speakers[s]}", to_wave(x[0]))]
-                                            for s, x in zip(who, drawn)])
+    sheet(run.write, "samples", data.rate, [
+        [(f"voice {data.speakers[s]}", to_wave(x[0]))]
+        for s, x in zip(who, draw(run, vqvae, codes, who[:, None]))])
 
 
 def rates(run, vqvae, prior, data, codes, clips):
@@ -267,8 +250,7 @@ def read_phones(run, data, codes):
     train, _, test = map(aligned, data.windows(1, 1, codes))
     table = phone_table(*train, run.args.num_codes, len(data.phones))
     most_likely = torch.zeros_like(table).index_fill_(1, table.sum(0).argmax(), 1)
-    p = table[table.sum(1) > 0]
-    p = p / p.sum(1, keepdim=True)
+    p = F.normalize(table[table.sum(1) > 0], p=1, dim=1)
     p = p[(p.argmax(1) - p.amax(1)).argsort()]         # by their most likely phone
     bars = (255 * (1 - p.t())).byte()[:, None, None, None].expand(-1, 1, 3, 6, -1)
     run.picture("phones", bars.repeat_interleave(3, 4), "p(phone | code) on training speech, codes "
@@ -353,8 +335,7 @@ def spectrum(x, step):
 
 
 def sheet(write, name, rate, rows):
-    """Waveforms above spectrograms, as the paper's fig. 6, and each as a WAV file: rows of
-    (title, x (T,)). write(name, writer) puts a file in its place."""
+    """Rows of (title, x (T,)) as WAV files, and waveforms above spectrograms as in fig. 6."""
     def write_wav(file):  # x in [-1, 1] as 16 bits
         with wave.open(file, "wb") as out:
             out.setparams((1, 2, rate, 0, "NONE", ""))
@@ -362,32 +343,23 @@ def sheet(write, name, rate, rows):
     for i, row in enumerate(rows):
         for title, x in row:
             write(f"{name}_{i}_{safe_name(title)}.wav", write_wav)
-    rows, columns = rows[:8], len(rows[0])
-    figure = Figure((4.5 * columns, 3 * len(rows)), layout="constrained")
-    axes = figure.subplots(2 * len(rows), columns, squeeze=False,
-                           height_ratios=[1, 2.4] * len(rows))
+    rows, columns, n = rows[:8], len(rows[0]), min(8, len(rows))
+    figure = Figure((4.5 * columns, 3 * n), layout="constrained")
+    axes = figure.subplots(2 * n, columns, squeeze=False, height_ratios=[1, 2.4] * n)
     for lines, images, row in zip(axes[::2], axes[1::2], rows):
         for line, image, (title, x) in zip(lines, images, row):
             line.plot(x.numpy(), linewidth=0.3)
             line.set(title=plain(title), xlim=(0, len(x)), ylim=(-1, 1), xticks=[], yticks=[])
             image.imshow((spectrum(x, 64) + 1e-3).log().numpy(), origin="lower", aspect="auto",
-                         cmap="magma", vmin=-5, vmax=3.5,
-                         extent=(0, len(x) / rate, 0, rate / 2000))
+                         cmap="magma", vmin=-5, vmax=3.5, extent=(0, len(x) / rate, 0, rate / 2000))
             image.set(ylabel="kHz", xlabel="seconds" if row is rows[-1] else "")
     write(f"{name}.png", lambda f: figure.savefig(f, format="png", dpi=80))
 
 
 # -- A trained model in use -------------------------------------------------------------------
 
-
-class Trained(NamedTuple):
+class Trained(namedtuple("Trained", "vqvae prior speakers args device")):
     """What `load` returns. Waves are float tensors (T,) in [-1, 1] at args.sample_rate."""
-
-    vqvae: nn.Module
-    prior: nn.Module
-    speakers: list         # their names
-    args: object
-    device: torch.device
 
     def encode(self, x, rate):
         """A recording (T,) at any rate -> the levels it is encoded from (N * hop,), codes (N,)."""
@@ -457,7 +429,6 @@ def use(args):
 
 # -- Waveforms: levels, resampling, reading and writing recordings ----------------------------
 
-
 def to_levels(x):
     """A recording (T,) in [-1, 1] -> what the model works on, (T,) uint8: high frequencies raised,
     one loudness for all, mu-law. Only mu-law is in the paper. Its noise, and that of sampling, is
@@ -489,8 +460,7 @@ def inverse_mu_law(levels):
 
 
 def resample(x, old, new):
-    """x (T,) at `old` Hz -> (ceil(T * new / old),) at `new` Hz, float32: its spectrum, cut off at
-    half the new rate, or filled up to it with zeros."""
+    """x (T,) at `old` Hz -> (ceil(T * new / old),) at `new`: its spectrum, cut or zero-padded."""
     M, L = (rate // math.gcd(old, new) for rate in (old, new))         # M samples become L
     if M == L or not len(x):
         return x
@@ -536,7 +506,6 @@ def read_wav(data):
 
 # -- The data: one stream of speech, of each speaker a stretch for each part ------------------
 
-
 class Speech(NamedTuple):
     """All recordings joined end to end: an utterance's length does not matter then."""
 
@@ -556,10 +525,9 @@ class Speech(NamedTuple):
                 "digest": digest(self.levels)}
 
     def few(self):
-        """A little of three speakers."""
-        most = self.longest + 2 * self.hop
-        return self._replace(parts=[[(first, min(length, most * (speaker < 3))) for speaker, (
-            first, length) in enumerate(part)] for part in self.parts])
+        """For the rehearsal: a little of three speakers."""
+        return self._replace(parts=[[(first, min(length, self.longest + 2 * self.hop))
+                                     for first, length in part[:3]] for part in self.parts])
 
     def windows(self, size, step, codes=None):
         """Windows of the levels, or of their codes, for training, validation and testing."""
@@ -595,12 +563,14 @@ class Windows(torch.utils.data.Dataset):
 def load_data(run):
     """The demo's speech or a folder's, cut into training, validation and test stretches."""
     args, hop, at = run.args, math.prod(run.args.strides), 0
+    if args.labels and not args.data:
+        raise ValueError("--labels are those of --data, and the demo has its own")
     if args.crop % hop or args.clip % hop:
         raise ValueError(f"--crop and --clip must be multiples of {hop}, the product of --strides")
     levels, lengths, names, *labels = (read_folder if args.data else demo_data)(run)
     parts, longest = ([], [], []), max(args.crop, args.clip)
     for name, n in zip(names, lengths):                # the end of each speaker is for testing
-        testing, validating = (max(args.clip + hop, n // part) for part in (10, 20))
+        testing, validating = (max(longest + hop, n // part) for part in (10, 20))
         needed = testing + validating + longest + 2 * hop
         if n < needed:
             raise ValueError(f"speaker {name}: {n / args.sample_rate:.1f} s of speech; training, "
@@ -617,8 +587,7 @@ def read_folder(run):
     root, rate = run.args.data, run.args.sample_rate
     files = find_files(root, (".wav", ".flac"))
     if not files or any(os.sep not in name for name, *_ in files):
-        raise ValueError(f"--data {root}: needs a folder of WAV or FLAC files for each speaker, "
-                         f"{root}/<speaker>/*.wav")
+        raise ValueError(f"--data {root}: needs a folder per speaker, <speaker>/*.wav or *.flac")
     random.Random(0).shuffle(files)                    # else the test part would be the last words
     files.sort(key=lambda file: file[0].split(os.sep)[0])
     names = [name for name, *_ in files]
@@ -627,7 +596,7 @@ def read_folder(run):
     lengths = {name.split(os.sep)[0]: 0 for name in names}
     for name, size in zip(names, sizes):
         lengths[name.split(os.sep)[0]] += size
-    run.say(f"{len(files)} recordings of {len(lengths)} speakers")
+    run.say(f"{len(files)} recordings of {len(lengths)} speakers, {len(levels) / rate:.0f} seconds")
     return levels, lengths.values(), [*lengths], *read_labels(run, names, sizes)
 
 
@@ -673,10 +642,10 @@ def make_parser():
     parser = Parser("audio", PRESETS, description=__doc__)
     parser.uses = ("sample", "reconstruct", "convert")
     parser.free = parser.free | {"labels", "temperature", "test_clips", "to"}
+    parser.set_defaults(temperature=0.8, demo_utterances=300)
     count, rate = positive(int), number(int, "rate", lambda hz: 1000 <= hz <= 384_000)
     for name, kind, text in (
-            ("labels", path, "folder of phone alignments of --data: <speaker>/../<name>.lab with "
-             "lines 'end phone' or 'start end phone', in seconds"),
+            ("labels", path, "folder of <speaker>/../<name>.lab; lines: [start] end phone, in s"),
             ("sample-rate", rate, "Hz; files of another rate are resampled"),
             ("strides", strides, "of the encoder (paper 2,2,2,2,2,2); their product is the hop"),
             ("channels", count, "residual channels of the decoder"),
@@ -784,8 +753,7 @@ def synthesise(phones, speakers, rng, rate, frame=8):
 
 
 def resonate(source, tuning, rate, frame):
-    """Three resonators in a row: source (T, B); F1-F3 and bandwidths in Hz (B, frames, 6), each
-    for `frame` samples -> (T, B)."""
+    """source (T, B) through resonators: F1-F3 and bandwidths in Hz (B, frames, 6) -> (T, B)."""
     r = np.exp(-np.pi * tuning[..., 3:] / rate)
     b, c = 2 * r * np.cos(2 * np.pi * np.minimum(tuning[..., :3] / rate, 0.47)), -r * r
     resonators = np.ascontiguousarray(np.stack([1 - b - c, b, c]).transpose(2, 3, 0, 1))

@@ -79,7 +79,6 @@ def main(run, data):
 
 # -- Stage one: encoder, codebook, decoder (eq. 3) ----------------------------------------------
 
-
 def fit_model(run, data):
     """Train the VQ-VAE, or one of the models that sec. 4.1 compares it with."""
     args = run.args
@@ -274,7 +273,6 @@ def draw_figure_5(run, model, vqvae, vae, prior, data, z, z_vae):
 
 # -- Measurements and pictures ------------------------------------------------------------------
 
-
 def measure(run, model, data, batch=128):
     """Reconstruction error and, of a p(x|z) over bytes, bits/dim under the uniform prior, over all
     test and all validation images; reconstructions.png."""
@@ -354,7 +352,6 @@ def judge_samples(run, samples, labels, data):
 
 
 # -- Using a finished run -----------------------------------------------------------------------
-
 
 class Trained(NamedTuple):
     """A finished run. Images are uint8 (B, C, H, W), codes (B, h, w), or (B, G, h, w)."""

@@ -65,7 +65,6 @@ except ImportError:  # Windows: two runs in one folder are not noticed there
 
 # == 1. Quantisation: from a vector z_e(x) to an index k, and on to e_k (sec. 3.1, 3.2, A.1) ==
 
-
 class Quantized(NamedTuple):
     """What a quantiser returns for z_e of shape (B, G*D, ...)."""
 
@@ -391,7 +390,6 @@ class Decoder(nn.Sequential):
 
 # == 3. p(x|z): what the decoder's output means, and -log p(x|z) in nats ======================
 
-
 class Gaussian:
     """p(x|z) = N(x; decoder output, sigma^2 I), x scaled to [-0.5, 0.5]: "MSE over pixels".
 
@@ -517,7 +515,6 @@ def to_unit(x):
 
 # == 4. The VQ-VAE (sec. 3) ===================================================================
 
-
 class Output(NamedTuple):
     """What a model returns for a batch x. -log p(x) <= nll + rate, in nats."""
 
@@ -638,7 +635,6 @@ def likelihood_gap(model, x, nearest=1, batch=64):
 
 
 # == 5. What sec. 4.1 compares with, "the same standard VAE architecture": VAE and VIMCO ======
-
 
 class VAE(nn.Module):
     """Gaussian z with the reparametrisation trick (the paper's [23, 32]): `latents` numbers at each
@@ -786,7 +782,6 @@ def vimco(log_f, log_q):
 
 # == 6. A VQ-VAE on the codes of a VQ-VAE: a whole image in three codes (sec. 4.2, figure 5) ==
 
-
 class GlobalEncoder(nn.Sequential):
     """Vectors of a code map e (B, in_channels, h, w) -> (B, out_channels, 1, 1): the whole map.
     field: (h, w), any; the paper has 21 x 21. The map is halved until its shorter side is less
@@ -864,7 +859,6 @@ def code_nll(decoder, codes, z):
 
 
 # == 7. Running an experiment: what the three scripts share. The paper ends above this line =====
-
 
 def launch(parser, load_data, main, use=None):
     """What `python train_x.py` does: main(run, data), the experiment, or use(args) on a finished
