@@ -47,14 +47,13 @@ PRESETS = {
     "cifar10": dict(data="cifar10", likelihood="categorical", num_codebooks=10, code_dim=32,
                     steps=250_000, prior_steps=50_000, batch_size=128, lr=2e-4, prior_lr=2e-4,
                     hidden=256, res_hidden=256, prior_channels=128),
-    # A night of one core; ten minutes. The rate is paid from the first step on, distortion falls
-    # slowly: the shorter the run, the lower the rate, here 1.17 and 0.75 bits/dim.
+    # A night, and ten minutes, of one core: that rate, and a p(x|z) that learns six times as fast.
     "cifar10-night": dict(data="cifar10", likelihood="logistics", num_codebooks=8, num_codes=128,
                           code_dim=8, beta=2.0, steps=120_000, prior_steps=6000, samples=10,
                           batch_size=16, lr=1e-3, prior_lr=2e-3, lr_decay=0.5, clip_norm=1.0,
                           hidden=128, res_hidden=128, prior_channels=64, precision="bf16"),
-    "cifar10-small": dict(data="cifar10", likelihood="logistics", num_codebooks=4, num_codes=512,
-                          code_dim=16, beta=2.0, steps=15_000, prior_steps=600, samples=10,
+    "cifar10-small": dict(data="cifar10", likelihood="logistics", num_codebooks=8, num_codes=128,
+                          code_dim=8, beta=2.0, steps=15_000, prior_steps=600, samples=10,
                           batch_size=16, lr=2e-3, prior_lr=3e-3, lr_decay=0.5, clip_norm=1.0,
                           hidden=64, res_hidden=64, prior_channels=32),
 }
