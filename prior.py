@@ -483,7 +483,7 @@ class VideoPrior(nn.Module):
                  action_channels=32):
         super().__init__()
         self.num_codes, self.num_actions, self.context = num_codes, num_actions, context
-        C, E, A, taps = channels, channels // 2, num_actions + 1, math.prod(self.kernel)
+        C, E, A, taps = channels, -(-channels // 2), num_actions + 1, math.prod(self.kernel)
         self.embed = nn.Embedding(num_codes + 1, E)                    # row K: no frame
         self.enter = nn.Conv2d(context * E, C, 1)
         self.action_conv = nn.Embedding(A, C * E * taps)               # row 0: action unknown
