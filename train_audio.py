@@ -274,22 +274,26 @@ def phone_accuracy(table, codes, phones):
 
 
 class Judge(nn.Sequential):
-    """Who speaks, and which phone, 100 times a second: a small network on a spectrogram of 43
-    bands, trained on real utterances. It is no part of the model, and judges what that draws."""
+    """Who speaks, and which phone, 100 times a second: a small network on the log-mel spectrogram,
+    trained on real utterances. It is no part of the model, and judges what that draws."""
 
     def __init__(self, speakers, phones, rate, hidden=96):
-        super().__init__(*(layer for width in (43, hidden, hidden) for layer in (
+        super().__init__(*(layer for width in (32, hidden, hidden) for layer in (
             nn.Conv1d(width, hidden, 5, padding=2), nn.ReLU())),
             nn.Conv1d(hidden, speakers + phones, 1))
         self.speakers, self.step = speakers, rate // 100
+        top, f = 2595 * math.log10(1 + rate / 1400), torch.linspace(0, rate / 2, 129)
+        edges = 700 * (10 ** (torch.linspace(0, top, 34) / 2595) - 1)  # Hz, even on the mel scale
+        rise = (f - edges[:-1, None]) / edges.diff()[:, None]          # from each to the next
+        triangles = torch.minimum(rise[:-1], 1 - rise[1:]).clamp(min=0)
+        self.register_buffer("mel", triangles, persistent=False)       # (32, 129)
 
     def forward(self, x):
         """(B, T) levels -> logits of the speakers (B, S) and of the phones (B, P, frames)."""
         x = to_wave(x)
         if self.training:                              # else hiss would pass for a fricative
-            x = x + 0.02 * torch.rand(len(x), 1, device=x.device) ** 2 * torch.randn_like(x)
-        bands = spectrum(x, self.step).unflatten(1, (43, 3)).mean(2)   # (B, 43, frames)
-        out = super().forward((bands + 0.03).log())
+            x = x + 0.06 * torch.rand(len(x), 1, device=x.device) ** 2 * torch.randn_like(x)
+        out = super().forward((self.mel @ spectrum(x, self.step) + 0.03).log())
         return out[:, :self.speakers].mean(2), out[:, self.speakers:]
 
 
