@@ -37,11 +37,11 @@ PAPER = dict(steps=500_000, prior_steps=250_000, batch_size=16, lr=2e-4, sample_
              hidden=256, channels=64, skip_channels=256, layers=30, cycle=10, past_dropout=0.0,
              prior_channels=256, crop=10_240, clip=40_960, test_clips=10)
 PRESETS = {
-    # 8 kHz -> 62.5 codes of 7 bits a second, 146 times fewer bits than 8-bit speech. The decoder
+    # 8 kHz -> 125 codes of 7 bits a second, 73 times fewer bits than 8-bit speech. The decoder
     # looks back 256 samples, three periods of the deepest voice and less than half a phone: it
     # can keep up the pitch, but what is being said has to come from the codes.
-    "demo": dict(steps=3500, prior_steps=200, batch_size=8, lr=4e-3, lr_decay=0.5,
-                 codebook="ema", sample_rate=8000, strides=(2,) * 7, num_codes=128,
+    "demo": dict(steps=6000, prior_steps=200, batch_size=8, lr=4e-3, lr_decay=0.5,
+                 codebook="ema", sample_rate=8000, strides=(2,) * 6, num_codes=128,
                  code_dim=8, hidden=64, channels=32, skip_channels=64, layers=8, cycle=8,
                  past_dropout=0.1, prior_channels=64, crop=1024, clip=16_000, test_clips=40),
     # "6 strided convolutions with stride 2": 64x. Widths, batch, crop, steps are not in the paper.

@@ -312,10 +312,10 @@ def test_a_finished_stage_is_not_trained_again(make_run):
 
 
 def test_a_stage_is_written_only_when_it_changed(make_run):
-    run, model = make_run(), network()
-    train(run, model, stage="one")
+    run = make_run()
+    train(run, network(), stage="one")
     before = (run.out / "checkpoint-one.pt").stat().st_mtime_ns
-    train(run, model, stage="two")
+    train(run, network(), stage="two")
     assert (run.out / "checkpoint-one.pt").stat().st_mtime_ns == before
 
 
