@@ -40,7 +40,7 @@ PRESETS = {
     # 8 kHz -> 125 codes of 7 bits a second, 73 times fewer bits than 8-bit speech. The decoder
     # looks back 256 samples, three periods of the deepest voice and less than half a phone: it
     # can keep up the pitch, but what is being said has to come from the codes.
-    "demo": dict(steps=6000, prior_steps=200, batch_size=8, lr=4e-3, lr_decay=0.5,
+    "demo": dict(steps=3500, prior_steps=200, batch_size=8, lr=4e-3, lr_decay=0.5,
                  codebook="ema", sample_rate=8000, strides=(2,) * 6, num_codes=128,
                  code_dim=8, hidden=64, channels=32, skip_channels=64, layers=8, cycle=8,
                  past_dropout=0.1, prior_channels=64, crop=1024, clip=16_000, test_clips=40),
