@@ -35,15 +35,15 @@ from vqvae import (Encoder, Parser, count_codes, digest, find_files, fraction, l
 
 PAPER = dict(steps=500_000, prior_steps=250_000, batch_size=16, lr=2e-4, sample_rate=16_000,
              hidden=256, channels=64, skip_channels=256, layers=30, cycle=10, past_dropout=0.0,
-             prior_channels=256, crop=10_240, clip=40_960, test_clips=10)
+             prior_channels=256, crop=10_240, clip=40_960, test_clips=10, temperature=0.8)
 PRESETS = {
     # 8 kHz -> 125 codes of 7 bits a second, 73 times fewer bits than 8-bit speech. The decoder
     # looks back 256 samples, three periods of the deepest voice and less than half a phone: it
     # can keep up the pitch, but what is being said has to come from the codes.
-    "demo": dict(steps=3500, prior_steps=200, batch_size=8, lr=4e-3, lr_decay=0.5,
-                 codebook="ema", sample_rate=8000, strides=(2,) * 6, num_codes=128,
-                 code_dim=8, hidden=64, channels=32, skip_channels=64, layers=8, cycle=8,
-                 past_dropout=0.1, prior_channels=64, crop=1024, clip=16_000, test_clips=40),
+    "demo": dict(steps=3500, prior_steps=200, batch_size=8, lr=4e-3, lr_decay=0.5, codebook="ema",
+                 sample_rate=8000, strides=(2,) * 6, num_codes=128, code_dim=8, hidden=64,
+                 channels=32, skip_channels=64, layers=8, cycle=8, past_dropout=0.1,
+                 prior_channels=64, crop=1024, clip=16_000, test_clips=40, temperature=0.8),
     # "6 strided convolutions with stride 2": 64x. Widths, batch, crop, steps are not in the paper.
     "paper": dict(PAPER, strides=(2,) * 6),
     # "128 times smaller", chunks of 40,960 samples: 320 codes.
@@ -260,15 +260,14 @@ def read_phones(run, data, codes):
 
 
 def phone_table(codes, phones, num_codes, num_phones):
-    """How often each code meets each phone: (K, phones). Experiment 4 maps a code to its largest
-    entry, "the conditionally most likely phoneme"."""
+    """How often each code meets each phone: (K, phones)."""
     known, table = phones != UNLABELLED, torch.zeros(num_codes, num_phones)
     return table.index_put_((codes[known].long(), phones[known].long()), torch.ones(()),
                             accumulate=True)
 
 
 def phone_accuracy(table, codes, phones):
-    """Share of the phones with a label that the codes predict."""
+    """Share of labelled phones that are "the conditionally most likely phoneme" of their code."""
     right = table.argmax(1)[codes.long()] == phones
     return right[phones != UNLABELLED].float().mean().item()
 
@@ -634,8 +633,7 @@ def read_labels(run, recordings, lengths):
                 spoken += [UNLABELLED, phones.setdefault(phone, len(phones))]
         at += length
     if folder and not 0 < len(phones) <= UNLABELLED:
-        raise ValueError(f"--labels {folder}: {len(phones)} different phones; needs 1 to 255, in "
-                         f"files such as {labs[0]}")
+        raise ValueError(f"--labels {folder}: {len(phones)} different phones; needs 1 to 255")
     spoken = torch.tensor(spoken + [UNLABELLED], dtype=torch.uint8)
     return [*phones], torch.tensor(ends + [sum(lengths)]), spoken
 
@@ -646,7 +644,7 @@ def make_parser():
     parser = Parser("audio", PRESETS, description=__doc__)
     parser.uses = ("sample", "reconstruct", "convert")
     parser.free = parser.free | {"labels", "temperature", "test_clips", "to"}
-    parser.set_defaults(temperature=0.8, demo_utterances=300)
+    parser.set_defaults(demo_utterances=300)
     count, rate = positive(int), number(int, "rate", lambda hz: 1000 <= hz <= 384_000)
     for name, kind, text in (
             ("labels", path, "folder of <speaker>/../<name>.lab; lines: [start] end phone, in s"),
@@ -729,12 +727,11 @@ def demo_speech(count, seed=0, seconds=2.0, rate=8000):
 
 def synthesise(phones, speakers, rng, rate, frame=8):
     """Phone at each sample (B, T), speakers (B,) -> waves (B, T)."""
-    B, T = phones.shape
+    (B, T), fps = phones.shape, rate / frame
     table = np.array([[*f, *w, v, n] for f, w, v, n, _ in PHONES.values()], np.float32)
     pitch, tract, breath = np.array(list(VOICES.values()), np.float32)[speakers].T[..., None]
     # Coarticulation: the tract glides from target to target, for some 60 ms; the voice is faster.
     track = table[phones[:, ::frame]]                  # (B, frames, 8): 1 ms a frame at 8 kHz
-    fps = rate / frame
     tuning = smooth(track[..., :6], 0.06 * fps) * tract[..., None]
     voiced, hiss = smooth(track[..., 6:], 0.025 * fps).repeat(frame, 1)[:, :T].transpose(2, 0, 1)
 

@@ -980,7 +980,7 @@ class Run:
     that never stopped, and no random state is saved.
     """
 
-    rehearsing = False
+    rehearsing = trained = False                       # trained: a stage has taken a step
 
     def __init__(self, parser):
         args = parser.parse_args()
@@ -1084,6 +1084,7 @@ class Run:
         with interrupts() as interrupted:
             for batch in self.loader(data, stage, range(first, steps), batch_size):
                 self.train(s, batch)
+                self.trained = True
                 asked, last = self.agree(bool(interrupted), s.step), s.step == steps
                 if last or s.step % every == 0:
                     row = self.make_row(s)
@@ -1111,8 +1112,9 @@ class Run:
                             steps=steps, lr=lr, step=0, rows=[], sums={}, best=None,
                             bad=torch.full((), -1, device=self.device))
         name, source = f"checkpoint-{stage}.pt", self.args.finetune
-        # What a forgotten --resume leaves in the folder belongs to another run.
-        if self.saved and self.share(lambda: (self.home / name).exists()):
+        # A forgotten --resume leaves checkpoints of another run; and what was fitted to an earlier
+        # stage that has been trained on since (--resume --steps 9000) begins anew.
+        if self.saved and not self.trained and self.share(lambda: (self.home / name).exists()):
             saved = self.read(name)
             try:
                 model.load_state_dict(saved["model"])
