@@ -334,6 +334,20 @@ def test_resume_takes_the_flags_of_the_checkpoint_but_those_given_win(make_run):
     assert (resumed.args.lr, resumed.args.seed, resumed.args.steps) == (0.5, 3, 8)
 
 
+def test_a_stage_fitted_to_one_that_is_trained_on_begins_anew(make_run):
+    run = make_run()
+    train(run, network(), stage="one", steps=4)
+    train(run, network(), stage="two", steps=4)
+    same_again = make_run("--resume")
+    assert train(same_again, network(), stage="one", steps=4) == []
+    assert train(same_again, network(), stage="two", steps=4) == [], "nothing changed: it is kept"
+    longer = make_run("--resume")
+    assert len(train(longer, network(), stage="one", steps=6)) == 2
+    assert len(train(longer, network(), stage="two", steps=4)) == 4, (
+        "stage two was fitted to what stage one was two steps ago: with --resume --steps 6 a prior "
+        "would describe codes that are not there any more")
+
+
 def test_seconds_count_what_was_before_the_resume(make_run):
     run = make_run()
     run.seconds_before = 1000

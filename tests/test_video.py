@@ -703,7 +703,6 @@ def test_what_cannot_work_is_one_line_and_leaves_nothing(script, demo, tmp_path)
             (["--data", bad], "(12, 10)"),
             (["--data", good, "--prior-batch-size", 10 ** 6], "--prior-batch-size"),
             (["--data", good, "--batch-size", 10 ** 6], "--batch-size"),
-            (["--data", good, "--prior-channels", 1], "do not work"),
             (["--data", good, "--prior-channels", 10 ** 9], "memory"),
             (["--data", tmp_path / "no\nsuch.npz"], "No such file"),
             (["--resume", "--out", demo, "--data", good], "the data is not that of this run"),
