@@ -3,7 +3,7 @@
     python train_audio.py                          demo speech, no download, no GPU: minutes
     python train_audio.py --data wav48/ --preset paper            VCTK's layout, on a GPU
     python train_audio.py --data wav48/ --labels lab/ --preset paper-phonemes
-    python train_audio.py --resume                 continue runs/audio, as if never stopped
+    python train_audio.py --resume                 resume runs/audio where it stopped
     python train_audio.py --sample 4               with the finished run: speech from nothing,
     python train_audio.py --reconstruct me.wav     your recording through the codes,
     python train_audio.py --convert me.wav --to alto              and in another voice
@@ -37,7 +37,7 @@ PAPER = dict(steps=500_000, prior_steps=250_000, batch_size=16, lr=2e-4, sample_
              hidden=256, channels=64, skip_channels=256, layers=30, cycle=10, past_dropout=0.0,
              prior_channels=256, crop=10_240, clip=40_960, test_clips=10, temperature=0.8)
 PRESETS = {
-    # 8 kHz -> 125 codes of 7 bits a second, 73 times fewer bits than 8-bit speech. The decoder
+    # 8 kHz -> 125 codes of 7 bits per second, 73 times fewer bits than 8-bit speech. The decoder
     # looks back 256 samples, three periods of the deepest voice and less than half a phone: it
     # can keep up the pitch, but what is being said has to come from the codes.
     "demo": dict(steps=3500, prior_steps=200, batch_size=8, lr=4e-3, lr_decay=0.5, codebook="ema",
@@ -108,7 +108,7 @@ class SpeechVQVAE(nn.Module):
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
         # Levels have an order, which an embedding would have to learn: initialise it, and the
-        # logits, as smooth functions of the level (5.35 for 5.72 bits a sample after 500 steps).
+        # logits, as smooth functions of the level (5.35 for 5.72 bits per sample after 500 steps).
         level = (torch.arange(256) + 0.5) / 256
         for weight, size in ((self.decoder.embed.weight, 1.4), (self.decoder.head[-1].weight, 0.3)):
             k = torch.arange(weight.shape[1])
@@ -274,7 +274,7 @@ def phone_accuracy(table, codes, phones):
 
 class Judge(nn.Sequential):
     """Who speaks, and which phone, 100 times a second: a small network on the log-mel spectrogram,
-    trained on real utterances. It is no part of the model, and judges what that draws."""
+    trained on real utterances. It is not part of the model, and judges what it draws."""
 
     def __init__(self, speakers, phones, rate, hidden=96):
         super().__init__(*(layer for width in (32, hidden, hidden) for layer in (

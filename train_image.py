@@ -2,7 +2,7 @@
 
     python train_image.py                          demo scenes, no download, no GPU: minutes
     python train_image.py --data photos/ --size 128 --preset paper       your own images, on a GPU
-    python train_image.py --resume                 resume runs/image, as if never stopped
+    python train_image.py --resume                 resume runs/image where it stopped
     torchrun --nproc_per_node=2 train_image.py     the same run over several processes
     python train_image.py --preset cifar10-small   bits/dim, sec. 4.1; or with --model vae, vimco
     python train_image.py --resume --second-stage  27 bits per image: a second VQ-VAE, on the codes
@@ -556,7 +556,7 @@ def read_image(file, size=None, mode="RGB"):
     from PIL import Image, ImageOps
     with reading(file), Image.open(file) as image:
         if image.mode[0] in "IF":                      # convert() would cut off all above 255
-            raise ValueError("more than 8 bits a pixel: convert it to 8 bits")
+            raise ValueError("more than 8 bits per pixel: convert it to 8 bits")
         if size:
             image.draft(mode, size[::-1])              # a JPEG is scaled while it is decoded
             return np.array(ImageOps.fit(image.convert(mode), size[::-1], Image.Resampling.BICUBIC))

@@ -5,7 +5,7 @@
     python train_video.py --play left,left,forward               the same walk as a GIF
     python train_video.py --no-actions             a prior that is not conditioned on actions
     python train_video.py --data clips.npz --preset paper        your own clips, on a GPU
-    python train_video.py --resume                 continue runs/video, as if never stopped
+    python train_video.py --resume                 resume runs/video where it stopped
 
 A roll-out gets 6 frames and generates 10 "purely in the latent space"; the decoder makes pictures
 of them at the end. --out (runs/video) receives rollout.png (the paper's fig. 7), rollout.gif,

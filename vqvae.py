@@ -295,7 +295,7 @@ class VectorQuantizerEMA(VectorQuantizer):
             dist.all_reduce(total)
         self.ema_count.lerp_(n, 1 - self.gamma)                        # eq. 6: N_i
         self.ema_sum.lerp_(total, 1 - self.gamma)                      # eq. 7: m_i
-        # eq. 8. For a code that nobody chose eqs. 6 and 7 shrink N_i and m_i alike: e_i stays
+        # eq. 8. For a code without a latent eqs. 6 and 7 shrink N_i and m_i alike: e_i stays
         # where it is, and is spared 0/0 after thousands of such steps.
         chosen = (n > 0).unsqueeze(1)
         mean = self.ema_sum / self.ema_count.unsqueeze(1)
