@@ -1455,6 +1455,7 @@ def decode(run, source, items, file):
 
 def begin_decoding(items):
     ignore_interrupts()
+    torch.set_num_threads(1)                           # after a fork torch would wait for threads
     decode_item.items = items                          # in this process, once
 
 
