@@ -804,6 +804,29 @@ def test_prepared_data_is_decoded_once_and_found_again(make_run, tmp_path):
     assert len(list((tmp_path / "cache").glob("*.bin"))) == 1, "the old file must not pile up"
 
 
+class Convolved:
+    """An item that torch computes with as many threads as it likes."""
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, i):
+        x = torch.nn.functional.conv1d(torch.ones(1, 8, 100_000), torch.ones(8, 8, 9))
+        return np.full((1, 1), torch.get_num_threads() + 0 * int(x.sum()), np.uint8)
+
+
+def test_items_may_use_torch_however_many_threads_it_has(make_run):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        torch.ones(10 ** 6).exp().sum()                # the threads exist from now on
+        x, _ = prepare(make_run(), "waves", "key", Convolved(), (1,))
+    finally:
+        torch.set_num_threads(before)
+    assert x.flatten().tolist() == [1, 1], (
+        "a forked process has none of its parent's threads, and would wait for them without end")
+
+
 def test_preparation_that_was_killed_starts_anew(make_run, tmp_path):
     run, log = make_run(), tmp_path / "log"
     prepare(run, "photos", "key", Items(log), (2,))
