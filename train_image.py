@@ -33,7 +33,7 @@ from prior import PixelCNN
 from vqvae import (VAE, VIMCO, VQVAE, Categorical, Gaussian, GlobalVAE, GlobalVQVAE, Logistics,
                    Parser, batches, bits_per_dim, check_batch, count_codes, digest, find_files,
                    launch, likelihood_gap, make_quantizer, mix, perplexity, pick_device, positive,
-                   prepare, read_run, reading, safe_name, smallest_int, to_unit)
+                   prepare, read_run, reading, safe_name, smallest_int, spread, to_unit)
 
 PRESETS = {
     # 32 x 32 x 3 -> 8 x 8 codes of 9 bits: the 42.6-fold compression of sec. 4.2, for a laptop.
@@ -286,7 +286,7 @@ def measure(run, model, data, batch=128):
                 metrics.setdefault(prefix + name, 0.0)
                 metrics[prefix + name] += value * len(x) / len(part)
         metrics[f"{prefix}psnr"] = 10 * math.log10(255 ** 2 / max(metrics[f"{prefix}mse"], 1e-9))
-    some = data.test[torch.linspace(0, len(data.test) - 1, min(10, len(data.test))).long()][0]
+    some = data.test[spread(len(data.test), 10)][0]
     if run.args.model == "vqvae" and "distortion" in metrics:
         # Sec. 3.2: is one term of the sum over z enough?
         gaps = [likelihood_gap(model, x.to(run.device)).item() for x in some[:4]]
@@ -443,7 +443,7 @@ class Data:
         self.train, self.valid, self.test = (
             Images(self.array, (self.part == p).nonzero().flatten(), self.labels) for p in range(3))
         # The variance scales eq. 3's first term: from whole numbers, the same on every machine.
-        some = self.train[torch.linspace(0, len(self.train) - 1, min(len(self.train), 1000)).long()]
+        some = self.train[spread(len(self.train), 1000)]
         mean, square = (sum((x.long() ** power).sum().item() for x in some[0].split(50))
                         / some[0].numel() for power in (1, 2))
         self.facts = {"size": list(self.array.shape[1:]), "classes": self.classes,

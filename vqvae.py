@@ -1197,7 +1197,7 @@ class Run:
     @torch.no_grad()
     def validate(self, s, valid, batch_size, most=16):
         """The loss and stats of evenly spread validation examples, the same every time."""
-        index = torch.linspace(0, len(valid) - 1, min(len(valid), most * batch_size)).long()
+        index = spread(len(valid), most * batch_size)
         sums = {}
         s.model.eval()
         torch.manual_seed(mix(self.args.seed, s.stage, "validation"))
@@ -1479,9 +1479,14 @@ def smallest_int(num_codes):
                 if num_codes - 1 <= torch.iinfo(t).max)
 
 
+def spread(n, count):
+    """At most `count` indices, evenly spread from 0 to n - 1. (Float32 would round above that.)"""
+    return torch.linspace(0, n - 1, min(n, count), dtype=torch.float64).long()
+
+
 def digest(tensor):
     """A checksum of a thousand evenly spread examples: is this the data of the checkpoint?"""
-    some = tensor[torch.linspace(0, len(tensor) - 1, min(len(tensor), 1000)).long()]
+    some = tensor[spread(len(tensor), 1000)]
     return zlib.crc32(some.contiguous().numpy().tobytes(), len(tensor))
 
 

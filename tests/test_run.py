@@ -22,7 +22,7 @@ from torch.utils.data import TensorDataset
 
 from conftest import ROOT
 from vqvae import (Decoder, Encoder, Parser, Run, VectorQuantizer, VectorQuantizerEMA, batches,
-                   find_files, launch, prepare, read_run, reading, schedule, smallest_int)
+                   find_files, launch, prepare, read_run, reading, schedule, smallest_int, spread)
 
 PRESETS = {"demo": dict(steps=6, prior_steps=6, batch_size=4, lr=0.01)}
 X = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
@@ -1014,3 +1014,11 @@ def test_two_processes_equal_one_with_the_joint_batch(processes, kind):
     assert worst(one["gradients"], two["gradients"]) < 1e-10, (
         "gradients differ: processes must take disjoint shares of one joint batch")
     assert worst(one["fitted"], two["fitted"]) < 1e-10, "weights differ after three steps"
+
+
+def test_indices_spread_over_a_long_stream_stay_inside_it():
+    for n in (1, 7, 999, 1000, 28_800_000, 2 ** 26 + 1):          # float32 would round 28,799,999 up
+        index = spread(n, 1000)
+        assert index[0] == 0 and index[-1] == n - 1 and len(index) == min(n, 1000), (
+            f"of {n} examples indices {index[0]} .. {index[-1]} were picked")
+        assert (index.diff() > 0).all(), "an example was picked twice"
