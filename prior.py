@@ -141,8 +141,8 @@ class CodebookHead(nn.Module):
 
 
 class PixelCNN(nn.Module):
-    """p(codes) for a grid of codes (B, H, W), given a class and / or a conditioning map. The paper
-    says "capacity similar to the PixelCNN paper" and no more.
+    """p(codes) for a grid of codes (B, H, W), given a class and / or a conditioning map. Its
+    capacity was "similar to those used by the authors of the PixelCNN paper"; no more is said.
 
     Args:
         num_codes: K. channels: C, width of both stacks. num_layers: one of kernel 7, the rest of

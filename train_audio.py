@@ -10,7 +10,7 @@
 
 (1) Reconstruction by sampling the decoder, (2) a prior over the codes and speech from it, (3)
 conversion by another speaker's one-hot, (4) each code read as its most likely phone. --out
-(runs/audio) receives pictures, WAVs, numbers (README explains each), log.csv and checkpoints.
+(runs/audio) receives pictures, WAVs, numbers (see .github/DATA.md), log.csv and checkpoints.
 """
 
 import math
@@ -29,27 +29,26 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 from prior import WaveNet
-from vqvae import (Encoder, Parser, count_codes, digest, find_files, fraction, launch,
-                   loss_per_latent, make_quantizer, number, path, perplexity, pick_device, plain,
-                   positive, prepare, read_run, reading, safe_name, smallest_int, spread, to_unit)
+from vqvae import (Encoder, Parser, count_codes, digest, find_files, fraction, launch, mix, number,
+                   loss_per_latent, make_quantizer, path, perplexity, pick_device, plain, positive,
+                   prepare, read_run, reading, safe_name, smallest_int, spread, to_unit)
 
 PAPER = dict(steps=500_000, prior_steps=250_000, batch_size=16, lr=2e-4, sample_rate=16_000,
              hidden=256, channels=64, skip_channels=256, layers=30, cycle=10, past_dropout=0.0,
              prior_channels=256, crop=10_240, clip=40_960, test_clips=10, temperature=0.8)
 PRESETS = {
-    # 8 kHz -> 125 codes of 7 bits per second, 73 times fewer bits than 8-bit speech. The decoder
-    # looks back 256 samples, three periods of the deepest voice and less than half a phone: it can
-    # keep up the pitch, but what is said has to come from the codes. Short crops, many in a batch,
-    # teach most: 22 % wrong phones for 32 x 256 samples, 30 % for 8 x 1,024, 44 % for 4 x 2,048.
-    "demo": dict(steps=6000, prior_steps=200, batch_size=32, lr=4e-3, lr_decay=0.5, codebook="ema",
+    # 8 kHz -> 125 codes of 7 bits per second. The decoder looks back 256 samples, less than half a
+    # phone: it can keep up the pitch, but what is said has to come from the codes. Many short crops
+    # teach most: after 3,000 steps 22 % wrong phones with 32 x 256 samples, 30 % with 8 x 1,024.
+    "demo": dict(steps=6000, prior_steps=100, batch_size=32, lr=4e-3, lr_decay=0.5, codebook="ema",
                  sample_rate=8000, strides=(2,) * 6, num_codes=128, code_dim=8, hidden=64,
                  channels=32, skip_channels=64, layers=8, cycle=8, past_dropout=0.1,
-                 prior_channels=64, crop=256, clip=16_000, test_clips=40, temperature=0.5),
+                 prior_channels=64, crop=256, clip=16_000, test_clips=40, temperature=0.65),
     # "6 strided convolutions with stride 2": 64x. Widths, batch, crop, steps are not in the paper.
     "paper": dict(PAPER, strides=(2,) * 6),
     # "128 times smaller", chunks of 40,960 samples: 320 codes.
     "paper-prior": dict(PAPER, strides=(2,) * 7),
-    # "a 128-dimensional discrete space that runs at 25 Hz (downsampling factor of 640)".
+    # "a 128-dimensional discrete space that runs at 25 Hz (encoder downsampling factor of 640)".
     "paper-phonemes": dict(PAPER, strides=(2,) * 7 + (5,), num_codes=128),
 }
 EMPHASIS = 0.85                                        # as in LPCNet (Valin and Skoglund, 2019)
@@ -160,7 +159,7 @@ def fit_vqvae(run, data):
 
 
 def encode_all(run, vqvae, data):
-    """The code of every hop of data.levels, zeros where that belongs to no part: (S / hop,)."""
+    """The code of every hop of data.levels (zeros where it is in no part): (samples / hop,)."""
     hop, size = data.hop, max(1, 2 ** 16 // data.hop) * data.hop       # so many samples at a time
     codes = torch.zeros(len(data.levels) // hop, dtype=smallest_int(run.args.num_codes))
     for first, length in sum(data.parts, []):
@@ -172,6 +171,7 @@ def encode_all(run, vqvae, data):
 def fit_prior(run, data, codes):
     """Stage two: an autoregressive p(codes), "on chunks of 40960 timesteps"."""
     args, N = run.args, run.args.clip // data.hop
+    torch.manual_seed(mix(args.seed, "prior"))         # the same start whatever was resumed
 
     def loss(net, codes, *_):
         loss = F.cross_entropy(net(codes.long()), codes.long())        # nats per code
@@ -299,6 +299,7 @@ class Judge(nn.Sequential):
 
 def fit_judge(run, data):
     args, S = run.args, len(data.speakers)
+    torch.manual_seed(mix(args.seed, "judge"))
     judge = Judge(S, max(1, len(data.phones)), data.rate)
 
     def loss(net, x, speaker, start):
@@ -513,7 +514,7 @@ def read_wav(data):
 class Speech(NamedTuple):
     """All recordings joined end to end: an utterance's length does not matter then."""
 
-    levels: torch.Tensor  # (S,) uint8, memory-mapped where it comes from files
+    levels: torch.Tensor  # (samples,) uint8, memory-mapped where it comes from files
     parts: list           # training, validation, test: a stretch (first, length) of each speaker
     speakers: list        # names
     phones: list          # names, [] without labels

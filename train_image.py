@@ -9,7 +9,7 @@
     python train_image.py --sample 16 --label cone           more samples from a finished run
     python train_image.py --reconstruct a.png b.jpg          your pictures through its codes
 
---out (runs/image) receives pictures, numbers (README explains each), log.csv and checkpoints.
+--out (runs/image) receives pictures, numbers (see .github/DATA.md), log.csv and checkpoints.
 """
 
 import hashlib
@@ -42,12 +42,11 @@ PRESETS = {
     # ImageNet 128 x 128 x 3 -> 32 x 32. Widths and batch are those of the authors' public notebook.
     "paper": dict(steps=250_000, prior_steps=250_000, batch_size=128, lr=2e-4, prior_lr=2e-4,
                   hidden=128, res_hidden=32, size=128, prior_channels=256, second_steps=250_000),
-    # Sec. 4.1. K and D are not public. The best public figure, 4.82 bits/dim, has a rate of 1.17
-    # (bshall/VectorQuantizedVAE: 8 codebooks, K = 128); here it is 1.88.
+    # Sec. 4.1; K and D are not public. bshall/VectorQuantizedVAE has 4.82, with 8 codebooks of 128.
     "cifar10": dict(data="cifar10", likelihood="categorical", num_codebooks=10, code_dim=32,
                     steps=250_000, prior_steps=50_000, batch_size=128, lr=2e-4, prior_lr=2e-4,
                     hidden=256, res_hidden=256, prior_channels=128),
-    # A night, and ten minutes, of one core: that rate, and a p(x|z) that learns six times as fast.
+    # Two hours and ten minutes of one core: their rate, a p(x|z) that learns six times as fast.
     "cifar10-night": dict(data="cifar10", likelihood="logistics", num_codebooks=8, num_codes=128,
                           code_dim=8, beta=2.0, steps=120_000, prior_steps=6000, samples=10,
                           batch_size=16, lr=1e-3, prior_lr=2e-3, lr_decay=0.5, clip_norm=1.0,
@@ -392,9 +391,9 @@ def use(args):
     if args.sample:
         samples = run.sample(args.sample, args.label, args.temperature, args.seed)
         images = {f"sample-{i:04}": x for i, x in enumerate(samples)}
-    for file in args.reconstruct or ():
+    for i, file in enumerate(args.reconstruct or ()):
         x = run.read(file).to(run.vqvae.quantizer.codebook.device)
-        images[safe_name(Path(file).stem)] = run.vqvae.reconstruct(x)[0].cpu()
+        images[f"{i}-{safe_name(Path(file).stem)}"] = run.vqvae.reconstruct(x)[0].cpu()
     folder.mkdir(exist_ok=True)
     for name, x in images.items():                     # (C, H, W)
         Image.fromarray(x.permute(1, 2, 0).squeeze(2).numpy()).save(folder / f"{name}.png")
@@ -487,7 +486,7 @@ def load_data(run):
 
 def cut(path, groups, part):
     """Which part each example belongs to. What `part` lacks is cut from the training part: every
-    tenth group (at most 5,000 for validation). Examples of one group, such as the frames of a
+    tenth group (some 5,000 at most for validation). Examples of one group, such as the frames of a
     clip, stay together."""
     part = np.array(part)
     for missing in (2, 1):
@@ -528,13 +527,13 @@ def load_folder(run, path):
     groups = [os.path.dirname(file) if len(folder) > 1 else file
               for file, folder in zip(paths, folders)]
     part = cut(path, np.array(groups), parts)
-    decoder = Decoder(paths, size)
-    images, _ = prepare(run, f"--data {os.path.abspath(path)}", f"{size} {files}", decoder,
-                        decoder.shape)
+    pictures = Pictures(paths, size)
+    images, _ = prepare(run, f"--data {os.path.abspath(path)}", f"{size} {files}", pictures,
+                        pictures.shape)
     return Data(images, part, labels, classes)
 
 
-class Decoder(list):
+class Pictures(list):
     """Of image files, which come out decoded: (1, H, W, 3), all of the first one's shape."""
 
     def __init__(self, files, size):

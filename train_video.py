@@ -63,6 +63,7 @@ def main(run, data):
         train, args.prior_steps, args.prior_batch_size, args.prior_lr, valid)
 
     train, valid = data.stretches(2)                   # of measurements, no part of the model
+    torch.manual_seed(mix(args.seed, "judge"))
     judge = run.fit("judge", make_judge(len(model.names)), judge_loss, train,
                     min(args.steps, 5000), args.batch_size, args.lr, valid)
     if run.rank == 0:

@@ -8,19 +8,19 @@ Read this file beside the paper, top to bottom:
     4. The VQ-VAE         sec. 3; its likelihood in bits per dimension, sec. 3.2
     5. VAE and VIMCO      what sec. 4.1 compares it with
     6. A VQ-VAE on codes  sec. 4.2, second stage: a whole image in 27 bits
-    7. Running an experiment: training loop, checkpoints, several processes. No VQ-VAE in there.
+    7. Running an experiment: training loop, checkpoints, several processes; draws with matplotlib.
 
 The paper's symbols, used in every file:
 
     x         data                             B         examples in a batch
-    z_e       encoder output z_e(x)            H, W, T   height, width, time of the latent field
+    z_e       encoder output z_e(x)            H, W, T   height, width, time; h, w of the latents
     codes     k, the index of the nearest e_k  K         codes in a codebook   (num_codes)
     z_q       e_k, the decoder's input         D         size of one e_k       (code_dim)
     codebook  e, the embedding vectors         G         codebooks, one a slice of the channels
-    beta      weight of the commitment term    N         latents in a batch, B*H*W for one codebook
+    beta      weight of the commitment term    N         latents, of one x; in section 1 of a batch
     gamma     decay of the EMA codebook        sg[.]     stop gradient, .detach()
 
-Needs torch and nothing else. Section 1 stands alone: copy it.
+Sections 1 to 6 need torch and nothing else. Section 1 stands alone: copy it.
 
     >>> vq = VectorQuantizerEMA(num_codes=512, code_dim=64)
     >>> q = vq(torch.randn(8, 64, 32, 32))
@@ -86,7 +86,7 @@ class CopyGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return grad, None  # "the gradient is passed unaltered to the encoder"; none to e
+        return grad, None  # the gradient "is passed unaltered to the encoder"; none to e
 
 
 def mse(a, b):
@@ -102,7 +102,7 @@ class VectorQuantizer(nn.Module):
         code_dim: D, the length of one e_k.
         beta: weight of the commitment term; 0.25 in all the paper's experiments.
         num_codebooks: G. The channels are cut into G slices of D, each with a codebook of its
-            own: G latents at every position (the 10 in sec. 4.1's 8 x 8 x 10, say).
+            own: G latents at every position (the 10 in sec. 3.2's 8 x 8 x 10, say).
         data_init: start the codebook from encoder outputs of the first training batch. The paper
             does not say how it starts; False is uniform in [-1/K, 1/K].
         restart_after: a code is dead once restart_after * K latents in a row have chosen others,
@@ -138,8 +138,8 @@ class VectorQuantizer(nn.Module):
         rows = self.rows(codes)                        # (G, N)     the same, in the stack
         e = self.codebook.index_select(0, rows.flatten()).view_as(z)  # (G, N, D)  eq. 2: e_k
         z_q = CopyGradient.apply(z_e, self.to_field(e.detach(), z_e.shape))
-        # ||.||_2^2 is a sum over the D numbers of a vector; "we get an average over N terms, one
-        # for each latent". mse averages over both, hence the factor D, here and below.
+        # ||.||_2^2 is a sum over the D numbers of a vector; of these "an average over N terms ...
+        # - one for each latent". mse averages over both, hence the factor D, here and below.
         commitment = self.code_dim * mse(z_e, z_q.detach())            # eq. 3, term 3
         loss = self.codebook_term(z, e, rows) + self.beta * commitment
         if self.training and self.restart_after:
@@ -263,8 +263,8 @@ class VectorQuantizer(nn.Module):
 class VectorQuantizerEMA(VectorQuantizer):
     """The same quantiser, its codebook a moving average of what it is chosen for: A.1, eqs. 6-8.
 
-    gamma is the decay; 0.99 "works well in practice". The codebook is a buffer, no parameter:
-    the optimiser never sees it. It moves in training mode only.
+    gamma is the decay: 0.99 was found "to work well in practice". The codebook is a buffer, which
+    the optimiser never sees. It moves in training mode only.
     """
 
     def __init__(self, num_codes, code_dim, beta=0.25, gamma=0.99, num_codebooks=1,
@@ -394,7 +394,7 @@ class Gaussian:
     """p(x|z) = N(x; decoder output, sigma^2 I), x scaled to [-0.5, 0.5]: "MSE over pixels".
 
     The paper leaves sigma free, and with it the scale of eq. 3's first term. With 2 sigma^2 the
-    variance of the training data, a model that outputs the mean image scores 1 a dimension.
+    variance of the training data, a model that outputs the mean of all pixels scores 1 a dimension.
     """
 
     outputs = 1  # decoder channels for each channel of x
@@ -887,7 +887,7 @@ def launch(parser, load_data, main, use=None):
             raise  # a fault of the program: its traceback is needed
         stop(reason(e) + "; what was saved before is kept, see --resume" * bool(begun))
     except KeyboardInterrupt:
-        stop("interrupted between stages; --resume continues from what was saved", status=130)
+        stop("interrupted; what was saved before is kept, see --resume", status=130)
 
 
 def stop(message, status=2):
@@ -1424,7 +1424,7 @@ def prepare(run, source, key, items, item_shape):
             f.write(json.dumps(lengths).encode())      # and how long that is, in 16 letters
             f.write(b"%16d" % len(json.dumps(lengths)))
         for stale in file.parent.glob(f"{name.split('-')[0]}-*"):      # other files, other flags
-            if stale != temporary:
+            if stale.suffix == ".bin" or time.time() - stale.stat().st_mtime > 3600:   # or torn
                 stale.unlink()
         os.replace(temporary, file)
     while not file.exists():                           # however long the first process takes
@@ -1480,14 +1480,13 @@ def smallest_int(num_codes):
 
 
 def spread(n, count):
-    """At most `count` indices, evenly spread from 0 to n - 1. (Float32 would round above that.)"""
+    """At most `count` indices, evenly spread from 0 to n - 1. (Float32 rounds those above 2^24.)"""
     return torch.linspace(0, n - 1, min(n, count), dtype=torch.float64).long()
 
 
 def digest(tensor):
     """A checksum of a thousand evenly spread examples: is this the data of the checkpoint?"""
-    some = tensor[spread(len(tensor), 1000)]
-    return zlib.crc32(some.contiguous().numpy().tobytes(), len(tensor))
+    return zlib.crc32(tensor[spread(len(tensor), 1000)].numpy().tobytes(), len(tensor))
 
 
 def make_quantizer(args, num_codebooks=1):

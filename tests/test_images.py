@@ -755,9 +755,12 @@ def test_pictures_go_through_the_codes_of_a_run(demo, monkeypatch, tmp_path):
     x = run.read(tmp_path / "a.png")
     codes = run.vqvae.encode(x)
     assert codes.shape == (1, 4, 4) and x.dtype == torch.uint8
-    start(monkeypatch, "--out", demo, "--reconstruct", tmp_path / "a.png")
-    written = np.asarray(Image.open(demo / "used" / "a.png"))
-    assert np.array_equal(written, run.vqvae.decode(codes)[0].permute(1, 2, 0))
+    (tmp_path / "b").mkdir()
+    Image.new("RGB", (16, 16)).save(tmp_path / "b" / "a.png")          # the same name elsewhere
+    start(monkeypatch, "--out", demo, "--reconstruct", tmp_path / "a.png", tmp_path / "b" / "a.png")
+    written = [np.asarray(Image.open(demo / "used" / f"{i}-a.png")) for i in range(2)]
+    assert np.array_equal(written[0], run.vqvae.decode(codes)[0].permute(1, 2, 0))
+    assert not np.array_equal(*written), "two pictures of one name: the first is lost"
 
 
 def test_sample_writes_as_many_pictures_as_asked_for_and_trains_nothing(demo, monkeypatch):

@@ -831,7 +831,8 @@ def test_preparation_that_was_killed_starts_anew(make_run, tmp_path):
     run, log = make_run(), tmp_path / "log"
     prepare(run, "photos", "key", Items(log), (2,))
     (file,) = (tmp_path / "cache").iterdir()
-    file.rename(file.with_suffix(".123.tmp"))          # killed before it was whole
+    torn = file.rename(file.with_suffix(".123.tmp"))   # killed before it was whole
+    os.utime(torn, (0, time.time() - 4000))            # more than an hour ago
     x, lengths = prepare(run, "photos", "key", Items(log), (2,))
     assert x[:, 0].tolist() == [0, 1, 1, 2, 2, 2, 3, 3, 3, 3, 4, 4, 4, 4, 4]
     assert len(decoded(log)) == 10
@@ -1022,3 +1023,14 @@ def test_indices_spread_over_a_long_stream_stay_inside_it():
         assert index[0] == 0 and index[-1] == n - 1 and len(index) == min(n, 1000), (
             f"of {n} examples indices {index[0]} .. {index[-1]} were picked")
         assert (index.diff() > 0).all(), "an example was picked twice"
+
+
+def test_one_run_that_prepares_a_folder_leaves_the_half_written_file_of_another(make_run, tmp_path):
+    run, log = make_run(), tmp_path / "log"
+    prepare(run, "photos", "key", Items(log), (2,))
+    (file,) = (tmp_path / "cache").iterdir()
+    other = file.with_name(file.name.replace(".bin", ".123.tmp"))
+    other.write_bytes(b"half")                         # another run is at it just now
+    prepare(run, "photos", "one file has changed", Items(log), (2,))
+    assert other.exists(), "what another run was still writing is gone: its work is lost"
+    assert not file.exists(), "what was decoded before a file changed should be gone"
