@@ -16,9 +16,11 @@ conversion by another speaker's one-hot, (4) each code read as its most likely p
 import math
 import os
 import random
+import re
 import struct
 import wave
 from collections import namedtuple
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -78,7 +80,7 @@ def main(run, data):
     drawn = draw(run, vqvae, clips.codes, voices)      # (M, V, T)
     save_reconstructions(run, data, clips, voices, drawn)
     metrics |= judge_speech(run, judge, data, clips, voices, drawn)
-    save_samples(run, vqvae, prior, data, clips)       # experiment 2
+    metrics |= draw_samples(run, vqvae, prior, judge, data, clips)     # experiment 2
     if data.phones:                                    # experiment 4
         metrics |= read_phones(run, data, codes)
     run.finish(metrics)
@@ -205,22 +207,34 @@ def draw(run, vqvae, codes, voices):
 
 
 def save_reconstructions(run, data, clips, voices, drawn):
-    """The paper's fig. 6, for a clip of each of up to four speakers."""
-    first = [int((clips.speaker == s).nonzero()[0]) for s in clips.speaker.unique()[:4]]
+    """The paper's fig. 6, for four clips: of different speakers, if there are so many."""
     sheet(run.write, "reconstructions", data.rate, [
         [(f"original: {data.speakers[clips.speaker[i]]}", to_wave(clips.levels[i]))]
         + [(f"decoded as {data.speakers[s]}", to_wave(x)) for s, x in zip(voices[i], drawn[i, :2])]
-        for i in first])
+        for i in spread(len(voices), 4)])
 
 
-def save_samples(run, vqvae, prior, data, clips):
-    """Experiment 2: codes from the prior, then x ~ p(x | codes, speaker), in up to four voices."""
-    who, generator = clips.speaker.unique()[:4], torch.Generator(run.device)
-    codes = prior.sample(len(who), clips.codes.shape[1],
-                         generator=generator.manual_seed(run.args.seed)).cpu()
-    sheet(run.write, "samples", data.rate, [
-        [(f"voice {data.speakers[s]}", to_wave(x[0]))]
-        for s, x in zip(who, draw(run, vqvae, codes, who[:, None]))])
+def draw_samples(run, vqvae, prior, judge, data, clips):
+    """Experiment 2: codes from the prior, x ~ p(x | codes, speaker). "Samples contain clear words":
+    those of the demo's language can be counted."""
+    generator, who = torch.Generator(run.device).manual_seed(run.args.seed), clips.speaker
+    codes = prior.sample(len(who), clips.codes.shape[1], generator=generator).cpu()
+    drawn = draw(run, vqvae, codes, who[:, None])[:, 0]                # (M, T)
+    sheet(run.write, "samples", data.rate, [[(f"voice {data.speakers[who[i]]}", to_wave(drawn[i]))]
+                                            for i in spread(len(who), 4)])
+    return {} if run.args.data else {"word_share_samples": word_share(run, judge, drawn),
+                                     "word_share_original": word_share(run, judge, clips.levels)}
+
+
+def word_share(run, judge, x):
+    """Share of the phones heard in x (M, T) that lie in words of the demo's language."""
+    text, letters = "", [" ", *list(PHONES)[1:]]
+    for heard in in_batches(lambda x: judge(x)[1].argmax(1), run.device, 64, x):       # (frames,)
+        phones, frames = heard.unique_consecutive(return_counts=True)
+        text += "".join(letters[p] for p in phones[frames > 3]) + " "
+    text = re.sub(r"(.)\1+", r"\1", text)               # where a short one was left out
+    words = re.findall("|".join(sorted(WORDS, key=len, reverse=True)), text)
+    return sum(map(len, words)) / max(1, len(text.replace(" ", "")))
 
 
 def rates(run, vqvae, prior, data, codes, clips):
@@ -597,7 +611,7 @@ def read_folder(run):
     files.sort(key=lambda file: file[0].split(os.sep)[0])
     names = [name for name, *_ in files]
     levels, sizes = prepare(run, f"recordings in {root}", repr((files, rate, EMPHASIS)),
-                            Recordings((Path(root, name), rate) for name in names), ())
+                            partial(read_levels, rate), [Path(root, name) for name in names], ())
     lengths = {name.split(os.sep)[0]: 0 for name in names}
     for name, size in zip(names, sizes):
         lengths[name.split(os.sep)[0]] += size
@@ -605,12 +619,8 @@ def read_folder(run):
     return levels, lengths.values(), [*lengths], *read_labels(run, names, sizes)
 
 
-class Recordings(list):
-    """Of pairs (file, rate), which come out decoded: (T,) uint8 levels."""
-
-    def __getitem__(self, i):
-        file, rate = super().__getitem__(i)
-        return to_levels(torch.from_numpy(resample(*read_sound(file), rate))).numpy()
+def read_levels(rate, file):
+    return to_levels(torch.from_numpy(resample(*read_sound(file), rate))).numpy()
 
 
 def read_labels(run, recordings, lengths):

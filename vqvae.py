@@ -1405,13 +1405,13 @@ def find_files(root, endings):
     return sorted(files)
 
 
-def prepare(run, source, key, items, item_shape):
-    """Decode data once, in parallel, into a memory-mapped file that all processes of a machine
+def prepare(run, source, key, read, files, item_shape):
+    """Decode files once, in parallel, into one memory-mapped file that all processes of a machine
     share and that later runs find again.
 
-    items[i] is a uint8 array (n_i, *item_shape), or raises ValueError. source: what is decoded, in
-    words. key: all that the result depends on (paths, sizes, times of files; flags).
-    Returns all items joined, (sum n_i, *item_shape) uint8, and the list of n_i.
+    read(file) returns a uint8 array (n, *item_shape), or raises ValueError. source: what is
+    decoded, in words. key: all that the result depends on (paths, sizes, times of files; flags).
+    Returns all items joined, (sum of n, *item_shape) uint8, and the list of the n.
     """
     words = (s.encode("utf-8", "surrogateescape") for s in (source, f"{key} {item_shape}"))
     name = "-".join(hashlib.sha256(word).hexdigest()[:12] for word in words)
@@ -1420,7 +1420,7 @@ def prepare(run, source, key, items, item_shape):
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_suffix(f".{os.getpid()}.tmp")
         with open(temporary, "wb") as f:
-            lengths = decode(run, source, items, f)
+            lengths = decode(run, source, read, files, f)
             f.write(json.dumps(lengths).encode())      # and how long that is, in 16 letters
             f.write(b"%16d" % len(json.dumps(lengths)))
         for stale in file.parent.glob(f"{name.split('-')[0]}-*"):      # other files, other flags
@@ -1438,29 +1438,24 @@ def prepare(run, source, key, items, item_shape):
     return joined.view(-1, *item_shape), lengths
 
 
-def decode(run, source, items, file):
-    """Write items one after the other, decoded by all cores; returns how long each one is."""
+def decode(run, source, read, files, out):
+    """Write files one after the other, decoded by all cores; returns how long each one is."""
     lengths, begun, said = [], time.time(), time.time()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with ProcessPoolExecutor(min(cores, len(items)), None, begin_decoding, (items,)) as pool:
-        for x in pool.map(decode_item, range(len(items)), chunksize=16):
-            file.write(x.tobytes())
+    with ProcessPoolExecutor(min(cores, len(files)), initializer=begin_decoding) as pool:
+        for x in pool.map(read, files, chunksize=16):
+            out.write(x.tobytes())
             lengths.append(len(x))
             if time.time() - said > 5:
-                said, share = time.time(), len(lengths) / len(items)
+                said, share = time.time(), len(lengths) / len(files)
                 left = int((said - begun) * (1 - share) / share)
                 run.say(f"{source}: {100 * share:.0f} % decoded, {left // 60}:{left % 60:02d} left")
     return lengths
 
 
-def begin_decoding(items):
+def begin_decoding():
     ignore_interrupts()
     torch.set_num_threads(1)                           # after a fork torch would wait for threads
-    decode_item.items = items                          # in this process, once
-
-
-def decode_item(i):
-    return decode_item.items[i]
 
 
 def ignore_interrupts(worker=0):

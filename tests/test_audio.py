@@ -302,8 +302,30 @@ def test_conversions_are_judged_by_the_target_speaker_and_by_the_labelled_frames
     assert heard([0]) == [1, 1, None, thirds, 0, None], "one speaker: nobody to convert to"
 
 
+def test_word_share_counts_the_phones_that_lie_in_words_of_the_language(tmp_path):
+    names, frames = list(audio.PHONES), 8
+
+    class Reader:                                      # hears phone k where the levels are k
+        def __call__(self, x):
+            return None, F.one_hot(x.long(), len(names)).transpose(1, 2)
+
+    def share(*texts):
+        x = [[names.index("pause" if c == " " else c) for c in text for _ in range(frames)]
+             for text in texts]
+        return audio.word_share(tiny_run(tmp_path), Reader(), torch.tensor(x).to(torch.uint8))
+
+    assert share(" mana eros ") == 1, "two words of the language, and pauses, which do not count"
+    assert share("manaeros") == 1, "words need no pause between them"
+    assert share("manas") == pytest.approx(4 / 5), "mana, and an s that belongs to no word"
+    assert share("anam") == 0 and share(" ") == 0
+    assert share("ma", "na") == 0, "a word does not go on in the next clip"
+    frames = 3
+    assert share("mana") == 0, "a phone of less than 40 ms is not a phone"
+    assert share("m" * 9 + "a" * 9 + "sn" * 1 + "n" * 9 + "a" * 9) == 1, "a click changes no word"
+
+
 def test_judge_learns_speakers_and_the_phones_of_labelled_frames_only(tmp_path):
-    run, caught = tiny_run(tmp_path, steps=9, batch_size=2, clip=800), []
+    run, caught = tiny_run(tmp_path, seed=0, steps=9, batch_size=2, clip=800), []
 
     def fit(stage, net, loss, *_):
         caught.append(loss)
@@ -471,7 +493,8 @@ def test_demo_runs_all_experiments_and_resumes(tmp_path):
                  "original_speaker_accuracy reconstructed_speaker_accuracy "
                  "converted_speaker_accuracy phone_error_original phone_error_reconstructed "
                  "phone_error_converted phone_accuracy phone_baseline codes_used num_codes "
-                 "perplexity prior_bits_per_code seconds").split():
+                 "word_share_samples word_share_original perplexity prior_bits_per_code "
+                 "seconds").split():
         assert math.isfinite(metrics[name]), name
     assert metrics["num_codes"] == 8 and metrics["bits_per_sample"] > 0
     for name in ("reconstructions.png", "samples.png", "phones.png", "curves.png", "log.csv",

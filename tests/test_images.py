@@ -537,6 +537,27 @@ def test_variance_of_the_data_is_that_of_the_training_part():
     assert data.facts["variance"] == pytest.approx((images[:40] / 255).var(), rel=1e-9)
 
 
+def test_flips_mirror_half_of_the_training_images_and_no_validation_image(monkeypatch):
+    caught, seen = [], []
+    model = VQVAE(VectorQuantizer(16, 4), Gaussian(), hidden=8, res_hidden=8)
+    monkeypatch.setattr(train_image, "make_model", lambda args, facts: model)
+    run = fake_run(likelihood="mse", flips=True, steps=1, batch_size=1, lr=1.0, num_codes=16)
+    run.fit = lambda stage, model, loss, *_: caught.append(loss)
+    train_image.fit_model(run, SimpleNamespace(facts=None, train=None, valid=None))
+
+    def net(x):
+        seen.append(x)
+        return model(x)
+    x = torch.from_numpy(noise(200, 3, 8, 8))
+    for training in (True, False):
+        model.train(training)
+        caught[0](net, x)
+    same, mirrored = ((seen[0] == a).flatten(1).all(1) for a in (x, x.flip(3)))
+    assert (same ^ mirrored).all(), "an image is itself or its mirror image, left and right changed"
+    assert 60 < mirrored.sum() < 140, f"{mirrored.sum()} of 200 mirrored: about half should be"
+    assert torch.equal(seen[1], x), "validation is of the images as they are"
+
+
 class Wheel:
     """A prior and a model: codes are the label, and images as bright as their code."""
 

@@ -771,16 +771,13 @@ def test_only_a_finished_run_of_the_script_is_read(make_run, spoil, said):
 # -- data ---------------------------------------------------------------------------------------
 
 
-class Items:
-    """n_i x 2 bytes in item i, counting how often one is decoded."""
+class Reader:
+    """Decodes number i to n_i x 2 bytes, and logs that it did."""
 
     def __init__(self, log, broken=()):
         self.log, self.broken = log, broken
 
-    def __len__(self):
-        return 5
-
-    def __getitem__(self, i):
+    def __call__(self, i):
         with open(self.log, "a") as f:                 # in a worker process
             print(i, file=f)
         if i in self.broken:
@@ -794,25 +791,20 @@ def decoded(log):
 
 def test_prepared_data_is_decoded_once_and_found_again(make_run, tmp_path):
     run, log = make_run(), tmp_path / "log"
-    x, lengths = prepare(run, "photos", "three files", Items(log), (2,))
+    x, lengths = prepare(run, "photos", "three files", Reader(log), range(5), (2,))
     assert x.dtype == torch.uint8 and lengths == [1, 2, 3, 4, 5]
     assert x.tolist() == [[i, i] for i in range(5) for _ in range(i + 1)]
-    again, _ = prepare(run, "photos", "three files", Items(log), (2,))
+    again, _ = prepare(run, "photos", "three files", Reader(log), range(5), (2,))
     assert torch.equal(x, again) and decoded(log) == [0, 1, 2, 3, 4], "decoded a second time"
-    prepare(run, "photos", "one file has changed", Items(log), (2,))
+    prepare(run, "photos", "one file has changed", Reader(log), range(5), (2,))
     assert len(decoded(log)) == 10, "other files, sizes or flags: decode anew"
     assert len(list((tmp_path / "cache").glob("*.bin"))) == 1, "the old file must not pile up"
 
 
-class Convolved:
+def convolved(i):
     """An item that torch computes with as many threads as it likes."""
-
-    def __len__(self):
-        return 2
-
-    def __getitem__(self, i):
-        x = torch.nn.functional.conv1d(torch.ones(1, 8, 100_000), torch.ones(8, 8, 9))
-        return np.full((1, 1), torch.get_num_threads() + 0 * int(x.sum()), np.uint8)
+    x = torch.nn.functional.conv1d(torch.ones(1, 8, 100_000), torch.ones(8, 8, 9))
+    return np.full((1, 1), torch.get_num_threads() + 0 * int(x.sum()), np.uint8)
 
 
 def test_items_may_use_torch_however_many_threads_it_has(make_run):
@@ -820,7 +812,7 @@ def test_items_may_use_torch_however_many_threads_it_has(make_run):
     torch.set_num_threads(2)
     try:
         torch.ones(10 ** 6).exp().sum()                # the threads exist from now on
-        x, _ = prepare(make_run(), "waves", "key", Convolved(), (1,))
+        x, _ = prepare(make_run(), "waves", "key", convolved, [0, 1], (1,))
     finally:
         torch.set_num_threads(before)
     assert x.flatten().tolist() == [1, 1], (
@@ -829,11 +821,11 @@ def test_items_may_use_torch_however_many_threads_it_has(make_run):
 
 def test_preparation_that_was_killed_starts_anew(make_run, tmp_path):
     run, log = make_run(), tmp_path / "log"
-    prepare(run, "photos", "key", Items(log), (2,))
+    prepare(run, "photos", "key", Reader(log), range(5), (2,))
     (file,) = (tmp_path / "cache").iterdir()
     torn = file.rename(file.with_suffix(".123.tmp"))   # killed before it was whole
     os.utime(torn, (0, time.time() - 4000))            # more than an hour ago
-    x, lengths = prepare(run, "photos", "key", Items(log), (2,))
+    x, lengths = prepare(run, "photos", "key", Reader(log), range(5), (2,))
     assert x[:, 0].tolist() == [0, 1, 1, 2, 2, 2, 3, 3, 3, 3, 4, 4, 4, 4, 4]
     assert len(decoded(log)) == 10
     assert [p.suffix for p in (tmp_path / "cache").iterdir()] == [".bin"], "the torn one is gone"
@@ -841,7 +833,7 @@ def test_preparation_that_was_killed_starts_anew(make_run, tmp_path):
 
 def test_an_unreadable_item_is_named_and_nothing_is_kept(make_run, tmp_path):
     with pytest.raises(ValueError, match="^item 3 is not readable$"):
-        prepare(make_run(), "photos", "key", Items(tmp_path / "log", {3}), (2,))
+        prepare(make_run(), "photos", "key", Reader(tmp_path / "log", {3}), range(5), (2,))
     assert not list((tmp_path / "cache").glob("*.bin"))
 
 
@@ -1027,10 +1019,10 @@ def test_indices_spread_over_a_long_stream_stay_inside_it():
 
 def test_one_run_that_prepares_a_folder_leaves_the_half_written_file_of_another(make_run, tmp_path):
     run, log = make_run(), tmp_path / "log"
-    prepare(run, "photos", "key", Items(log), (2,))
+    prepare(run, "photos", "key", Reader(log), range(5), (2,))
     (file,) = (tmp_path / "cache").iterdir()
     other = file.with_name(file.name.replace(".bin", ".123.tmp"))
     other.write_bytes(b"half")                         # another run is at it just now
-    prepare(run, "photos", "one file has changed", Items(log), (2,))
+    prepare(run, "photos", "one file has changed", Reader(log), range(5), (2,))
     assert other.exists(), "what another run was still writing is gone: its work is lost"
     assert not file.exists(), "what was decoded before a file changed should be gone"
