@@ -42,7 +42,7 @@ PRESETS = {
     # 8 kHz -> 125 codes of 7 bits per second. The decoder looks back 256 samples, less than half a
     # phone: it can keep up the pitch, but what is said has to come from the codes. Many short crops
     # teach most: after 3,000 steps 22 % wrong phones with 32 x 256 samples, 30 % with 8 x 1,024.
-    "demo": dict(steps=6000, prior_steps=100, batch_size=32, lr=4e-3, lr_decay=0.5, codebook="ema",
+    "demo": dict(steps=6000, prior_steps=250, batch_size=32, lr=4e-3, lr_decay=0.5, codebook="ema",
                  sample_rate=8000, strides=(2,) * 6, num_codes=128, code_dim=8, hidden=64,
                  channels=32, skip_channels=64, layers=8, cycle=8, past_dropout=0.1,
                  prior_channels=64, crop=256, clip=16_000, test_clips=40, temperature=0.65),
@@ -656,7 +656,7 @@ def make_parser():
     parser = Parser("audio", PRESETS, description=__doc__)
     parser.uses = ("sample", "reconstruct", "convert")
     parser.free = parser.free | {"labels", "temperature", "test_clips", "to"}
-    parser.set_defaults(demo_utterances=300)
+    parser.set_defaults(demo_utterances=900)
     count, rate = positive(int), number(int, "rate", lambda hz: 1000 <= hz <= 384_000)
     for name, kind, text in (
             ("labels", path, "folder of <speaker>/../<name>.lab; lines: [start] end phone, in s"),

@@ -563,7 +563,7 @@ class VQVAE(nn.Module):
     def forward(self, x):
         q = self.quantizer(self.encoder(to_unit(x)))
         out = self.decoder(q.z_q)
-        nll = self.likelihood.nll(out, x)              # eq. 3, term 1: decoder and encoder
+        nll = self.likelihood.nll(out, x)              # eq. 3, term 1 (printed without its minus)
         # Sec. 3.1: q(z|x) is one-hot and p(z) uniform, so the KL is log K for every latent:
         # sum_k q log(q / p) = 1 * log(1 / (1/K)). A constant: no gradient, no place in the loss.
         latents = q.codes[0].numel()                   # N of one image
