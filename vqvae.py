@@ -43,6 +43,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 import zlib
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -327,8 +328,7 @@ def count_codes(codes, num_codes, num_codebooks=1):
 def perplexity(counts):
     """exp of the entropy of the code frequencies: K if all codes are equally frequent, 1 if only
     one is used. Only meaningful for counts over a whole data set: a batch has too few latents."""
-    p = counts / counts.sum()
-    return torch.special.entr(p).sum().exp()
+    return torch.special.entr(counts / counts.sum()).sum().exp()
 
 
 # == 2. Encoder and decoder (sec. 4.1; with ndim=1 the encoder of raw speech, sec. 4.3) =======
@@ -869,6 +869,7 @@ def launch(parser, load_data, main, use=None):
     """
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="backslashreplace")  # a terminal without this letter
+    warnings.filterwarnings("ignore", module="PIL")    # what matters about a file becomes an error
     run = None
     try:
         args = parser.parse_args()
@@ -1512,9 +1513,8 @@ def interrupts():
         asked.append(number)
         signal.signal(number, old[number])
 
-    asked, old = [], {}
-    for number in (signal.SIGINT, signal.SIGTERM):
-        old[number] = signal.signal(number, ask)
+    asked = []
+    old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield asked
     finally:

@@ -425,6 +425,17 @@ BAD = {
 }
 
 
+def test_what_pillow_thinks_of_a_torn_image_does_not_hide_the_one_line(tmp_path):
+    write_images(tmp_path / "d", noise(12, 8, 8, 3), "tif")
+    torn = bytearray((tmp_path / "d/000.tif").read_bytes())
+    at = int.from_bytes(torn[4:8], "little")           # of the directory: its tags, 12 bytes each
+    torn[at + 6:at + 10] = (2 ** 20).to_bytes(4, "little")             # "a million values follow"
+    (tmp_path / "d/000.tif").write_bytes(torn)
+    done = python(train_image.__file__, "--data", tmp_path / "d", "--out", tmp_path / "out")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert "000.tif: not readable" in done.stderr
+
+
 @pytest.mark.parametrize("case", BAD)
 def test_bad_data_is_named_in_one_line_and_touches_nothing(main, capsys, tmp_path, case):
     write, words = BAD[case]
