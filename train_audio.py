@@ -130,6 +130,9 @@ class SpeechVQVAE(nn.Module):
             # small errors do not carry the sampler away, and the decoder depends on the codes.
             wrong = torch.rand(x.shape, device=x.device) < self.past_dropout
             past = torch.where(wrong, torch.randint_like(past, 256), past)
+            # 15 % of the examples begin from silence, at any time: a sampler may fall silent too.
+            silent = torch.linspace(0.15, 0, x.shape[1], device=x.device)      # how often, by time
+            past[torch.rand(len(x), 1, device=x.device) < silent] = 128
         logits = self.decoder(past, self.context(z_q), speaker)        # (B, 256, T)
         return F.cross_entropy(logits.float(), x.long(), reduction="none")
 
@@ -299,8 +302,7 @@ class Judge(nn.Sequential):
         top, f = 2595 * math.log10(1 + rate / 1400), torch.linspace(0, rate / 2, 129)
         edges = 700 * (10 ** (torch.linspace(0, top, 34) / 2595) - 1)  # Hz, even on the mel scale
         rise = (f - edges[:-1, None]) / edges.diff()[:, None]          # from each to the next
-        triangles = torch.minimum(rise[:-1], 1 - rise[1:]).clamp(min=0)
-        self.register_buffer("mel", triangles, persistent=False)       # (32, 129)
+        self.register_buffer("mel", torch.minimum(rise[:-1], 1 - rise[1:]).clamp(min=0), False)
 
     def forward(self, x):
         """(B, T) levels -> logits of the speakers (B, S) and of the phones (B, P, frames)."""

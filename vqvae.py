@@ -1198,8 +1198,7 @@ class Run:
     @torch.no_grad()
     def validate(self, s, valid, batch_size, most=16):
         """The loss and stats of evenly spread validation examples, the same every time."""
-        index = spread(len(valid), most * batch_size)
-        sums = {}
+        index, sums = spread(len(valid), most * batch_size), {}
         s.model.eval()
         torch.manual_seed(mix(self.args.seed, s.stage, "validation"))
         for part in index.split(batch_size):
@@ -1382,7 +1381,7 @@ def read_run(folder, script, stages):
         if state["step"] < state["steps"]:
             raise ValueError(f"{folder}: stage {stage} is at step {state['step']} of "
                              f"{state['steps']}; --resume finishes it")
-        best = state["best"] if args.keep == "best" else None
+        best = state["best"] if common["args"].get("keep") == "best" else None
         weights.append(best["model"] if best else state["model"])
     return args, common["facts"], weights
 
@@ -1434,9 +1433,8 @@ def prepare(run, source, key, read, files, item_shape):
         f.seek(-16, os.SEEK_END)
         f.seek(-16 - int(f.read()), os.SEEK_END)
         lengths = json.loads(f.read()[:-16])
-    size = sum(lengths) * math.prod(item_shape)
-    joined = torch.from_file(str(file), shared=False, size=size, dtype=torch.uint8)
-    return joined.view(-1, *item_shape), lengths
+    x = torch.from_file(str(file), False, sum(lengths) * math.prod(item_shape), dtype=torch.uint8)
+    return x.view(-1, *item_shape), lengths
 
 
 def decode(run, source, read, files, out):
