@@ -33,11 +33,11 @@ from torch.utils.data import Dataset, TensorDataset
 from prior import PixelCNN
 from vqvae import (VAE, VIMCO, VQVAE, Categorical, Gaussian, GlobalVAE, GlobalVQVAE, Logistics,
                    Parser, batches, bits_per_dim, check_batch, count_codes, digest, find_files,
-                   launch, likelihood_gap, make_quantizer, mix, perplexity, pick_device, positive,
-                   prepare, read_run, reading, safe_name, smallest_int, spread, to_unit)
+                   fraction, launch, likelihood_gap, make_quantizer, mix, perplexity, pick_device,
+                   positive, prepare, read_run, reading, safe_name, smallest_int, spread, to_unit)
 
 FAST = dict(data="cifar10", likelihood="logistics", num_codebooks=8, num_codes=128, code_dim=8,
-             beta=2.0, samples=10, batch_size=16, lr_decay=0.5, clip_norm=1.0)
+            beta=2.0, samples=10, batch_size=16, lr_decay=0.5, clip_norm=1.0)
 PRESETS = {
     # 32 x 32 x 3 -> 8 x 8 codes of 9 bits: the 42.6-fold compression of sec. 4.2, for a laptop.
     "demo": dict(steps=1600, prior_steps=2500, batch_size=32, lr=1e-3, prior_lr=3e-3,
@@ -632,7 +632,7 @@ def make_parser():
     flag("--flips", action="store_true", help="mirror half of the training images, at random")
     flag("--res-hidden", type=positive(int), help="channels inside a residual block")
     flag("--prior-batch-size", type=positive(int), help="of the prior (default --batch-size)")
-    flag("--prior-lr", type=positive(float), help="Adam's learning rate for the prior")
+    flag("--prior-lr", type=fraction, help="Adam's learning rate for the prior")
     flag("--second-stage", action="store_true", help="an image in three codes (sec. 4.2, figure 5)")
     flag("--second-steps", type=positive(int), default=1000, help="steps of each of its models")
     flag("--size", type=positive(int), help="crop and scale images in folders to SIZE x SIZE")

@@ -28,9 +28,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from prior import VideoPrior
-from vqvae import (VQVAE, Gaussian, Parser, batches, check_batch, count_codes, digest, launch,
-                   make_quantizer, mix, perplexity, pick_device, positive, read_run, reading,
-                   smallest_int, to_unit)
+from vqvae import (VQVAE, Gaussian, Parser, batches, check_batch, count_codes, digest, fraction,
+                   launch, make_quantizer, mix, perplexity, pick_device, positive, read_run,
+                   reading, smallest_int, to_unit)
 
 GIVEN, GENERATED = 6, 10          # frames of a roll-out, as in fig. 7
 FACTOR = 4                        # pixels per code, each way
@@ -472,7 +472,7 @@ def make_parser():
     flag("--play", nargs="?", const="", metavar="ACTIONS", help="walk through the imagination of "
          "the run in --out: by the keyboard, in a window, or by a list: left,left,forward")
     flag("--prior-batch-size", type=positive(int), help="frames per step of the prior")
-    flag("--prior-lr", type=positive(float), help="Adam's learning rate for the prior")
+    flag("--prior-lr", type=fraction, help="Adam's learning rate for the prior")
     flag("--no-actions", action="store_true", help="a prior that is not conditioned on actions")
     flag("--res-hidden", type=positive(int), help="channels inside a residual block")
     flag("--prior-layers", type=positive(int), help="layers of its PixelCNN")

@@ -933,7 +933,7 @@ class Parser(argparse.ArgumentParser):
         flag("--steps", type=positive(int), help="training steps of stage one")
         flag("--prior-steps", type=positive(int), help="training steps of the prior")
         flag("--batch-size", type=positive(int), help="examples per step, over all processes")
-        flag("--lr", type=positive(float), help="Adam's learning rate (paper 2e-4)")
+        flag("--lr", type=fraction, help="Adam's learning rate (paper 2e-4)")
         flag("--lr-decay", type=fraction, default=0.0, help="last part over which --lr falls to 0")
         flag("--clip-norm", type=positive(float), help="largest norm of a gradient (paper: none)")
         flag("--codebook", choices=["loss", "ema"], default="loss", help="eq. 3, term 2; or A.1")

@@ -455,7 +455,8 @@ def test_fewer_examples_than_a_batch(make_run, capsys):
 @pytest.mark.parametrize("flags, named", [
     (["--steps", "0"], "--steps"), (["--steps", "many"], "--steps"),
     (["--batch-size", "2.5"], "--batch-size"), (["--lr", "-1"], "--lr"), (["--lr", "nan"], "--lr"),
-    (["--lr", "inf"], "--lr"), (["--lr-decay", "1.5"], "--lr-decay"), (["--seed", "x"], "--seed"),
+    (["--lr", "inf"], "--lr"), (["--lr", "2147483648"], "--lr"),
+    (["--lr-decay", "1.5"], "--lr-decay"), (["--seed", "x"], "--seed"),
     (["--preset", "huge"], "--preset"), (["--device", "abacus"], "--device"),
     (["--precision", "int4"], "--precision"), (["--nonsense"], "--nonsense"),
     (["--seed", "-1"], "--seed"), (["--seed", str(2 ** 70)], "--seed"), (["--data", ""], "--data"),
