@@ -28,7 +28,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 
 from prior import WaveNet
 from vqvae import (Encoder, Parser, count_codes, digest, find_files, fraction, launch, mix, number,
@@ -357,6 +356,7 @@ def spectrum(x, step):
 
 def sheet(write, name, rate, rows):
     """Rows of (title, x (T,)) as WAV files, and waveforms above spectrograms as in fig. 6."""
+    from matplotlib.figure import Figure
     def write_wav(file):  # x in [-1, 1] as 16 bits
         with wave.open(file, "wb") as out:
             out.setparams((1, 2, rate, 0, "NONE", ""))
@@ -417,9 +417,9 @@ class Trained(namedtuple("Trained", "vqvae prior speakers args device")):
 def load(folder="runs/audio", device="auto"):
     """The models of a finished run, in eval mode; ValueError with one line if it is none."""
     args, facts, weights = read_run(folder, "audio", ["vqvae", "prior"])
-    vqvae, device = SpeechVQVAE(args, len(facts["speakers"])), pick_device(device)
-    models = vqvae, make_prior(args, args.clip // vqvae.hop)
     with reading(folder):
+        vqvae, device = SpeechVQVAE(args, len(facts["speakers"])), pick_device(device)
+        models = vqvae, make_prior(args, args.clip // vqvae.hop)
         for model, state in zip(models, weights):
             model.load_state_dict(state)
             model.to(device).eval().requires_grad_(False)

@@ -430,7 +430,7 @@ def load_data(run):
     check_batch(len(x) * (x.shape[1] - 1), batch_size, "frames", "--batch-size, --prior-batch-size")
     some = to_unit(x[torch.linspace(0, len(x) - 1, 200).long(), ::4])  # variance: eq. 3, term 1
     return Data(parts, {"actions": names, "size": list(x.shape[-2:]), "digest": digest(x),
-                        "variance": some.var().item()})
+                        "variance": max(some.var().item(), 1 / 255 ** 2)})
 
 
 def load_parts(args, wanted=("train", "valid", "test", "unseen")):

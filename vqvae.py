@@ -869,7 +869,7 @@ def launch(parser, load_data, main, use=None):
     """
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="backslashreplace")  # a terminal without this letter
-    warnings.filterwarnings("ignore", module="PIL")    # what matters about a file becomes an error
+    warnings.filterwarnings("ignore", module="PIL|numpy")  # what matters becomes an error
     run = None
     try:
         args = parser.parse_args()
@@ -1259,8 +1259,8 @@ class Run:
             stop(f"--resume: {e}")
 
     def share(self, find):
-        """find() by the first process, sent to the others."""
-        found = [find() if self.rank == 0 else None]
+        """find() by the first process, sent to the others; in a rehearsal each is by itself."""
+        found = [find() if self.rank == 0 or self.world == 1 else None]
         if self.world > 1:
             dist.broadcast_object_list(found)
         return found[0]

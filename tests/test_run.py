@@ -1027,3 +1027,16 @@ def test_one_run_that_prepares_a_folder_leaves_the_half_written_file_of_another(
     prepare(run, "photos", "one file has changed", Reader(log), range(5), (2,))
     assert other.exists(), "what another run was still writing is gone: its work is lost"
     assert not file.exists(), "what was decoded before a file changed should be gone"
+
+
+def test_a_run_of_two_processes_is_resumed_by_two(tmp_path):
+    tiny = ("--demo-images 40 --size 16 --steps 2 --prior-steps 2 --batch-size 4 --hidden 8 "
+            "--res-hidden 4 --prior-channels 8 --num-codes 16 --code-dim 8 --device cpu").split()
+    for flags in tiny, ["--resume"]:
+        try:
+            done = python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                          ROOT / "train_image.py", *flags, "--out", tmp_path / "out", timeout=90)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"{flags[0]}: one process waits for what the other does not do: in the "
+                        "rehearsal, too, both must find the checkpoint or neither")
+        assert done.returncode == 0, done.stderr
