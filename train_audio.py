@@ -40,7 +40,7 @@ PAPER = dict(steps=500_000, prior_steps=250_000, batch_size=16, lr=2e-4, sample_
 PRESETS = {
     # 8 kHz -> 125 codes of 7 bits per second. The decoder looks back 256 samples, less than half a
     # phone: it can keep up the pitch, but what is said has to come from the codes. Many short crops
-    # teach most: after 3,000 steps 22 % wrong phones with 32 x 256 samples, 30 % with 8 x 1,024.
+    # teach most: after 3,000 steps 23 % wrong phones with 32 x 256 samples, 31 % with 8 x 1,024.
     "demo": dict(steps=6000, prior_steps=250, batch_size=32, lr=4e-3, lr_decay=0.5, codebook="ema",
                  sample_rate=8000, strides=(2,) * 6, num_codes=128, code_dim=8, hidden=64,
                  channels=32, skip_channels=64, layers=8, cycle=8, past_dropout=0.1,
