@@ -30,9 +30,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from prior import WaveNet
-from vqvae import (Encoder, Parser, count_codes, digest, find_files, fraction, launch, mix, number,
-                   loss_per_latent, make_quantizer, path, perplexity, pick_device, plain, positive,
-                   prepare, read_run, reading, safe_name, smallest_int, spread, to_unit)
+from vqvae import (Encoder, Parser, check_batch, count_codes, depth, digest, find_files, fraction,
+                   in_batches, launch, loss_per_latent, make_quantizer, mix, number, path,
+                   perplexity, pick_device, plain, positive, prepare, read_run, reading, safe_name,
+                   say, smallest_int, spread, to_unit, write_file)
 
 PAPER = dict(steps=500_000, prior_steps=250_000, batch_size=16, lr=2e-4, sample_rate=16_000,
              hidden=256, channels=64, skip_channels=256, layers=30, cycle=10, past_dropout=0.0,
@@ -141,11 +142,11 @@ class SpeechVQVAE(nn.Module):
 
     def bits(self, x, codes, speaker):
         """-log2 p(x | codes, speaker) per sample, teacher-forced: (B,)."""
-        return self.nll(x, self.quantizer.lookup(codes.long()), speaker).mean(1) / math.log(2)
+        return self.nll(x, self.quantizer.lookup(codes), speaker).mean(1) / math.log(2)
 
     def sample(self, codes, speaker, temperature=1.0, generator=None):
         """Draw x ~ p(x | codes, speaker): codes (B, N) -> (B, N * hop) uint8."""
-        cond = self.context(self.quantizer.lookup(codes.long()))
+        cond = self.context(self.quantizer.lookup(codes))
         return self.decoder.sample(len(codes), codes.shape[1] * self.hop, cond, speaker,
                                    temperature, generator).to(torch.uint8)
 
@@ -192,12 +193,6 @@ def make_prior(args, length):
 
 
 # -- The experiments, what is measured of them, and their pictures ----------------------------
-
-def in_batches(function, device, size, *tensors):
-    """torch.cat of function over CPU tensors, `size` rows at a time on the device."""
-    return torch.cat([function(*(x.to(device) for x in part)).cpu()
-                      for part in zip(*(x.split(size) for x in tensors))])
-
 
 def draw(run, vqvae, codes, voices):
     """Speech for codes (M, N), each in V voices (M, V): (M, V, T) uint8."""
@@ -442,9 +437,8 @@ def use(args):
         rows.append([(f"original: {Path(file).stem}", to_wave(x.cpu())), (f"decoded as {name}", y)])
 
     def write(name, writer):
-        print(Path(args.out, name))
-        with open(Path(args.out, name), "wb") as f:
-            writer(f)
+        say(Path(args.out, name))
+        write_file(Path(args.out, name), writer)
     sheet(write, "new", rate, rows)
 
 
@@ -543,7 +537,7 @@ class Speech(NamedTuple):
     @property
     def facts(self):
         return {"speakers": self.speakers, "phones": self.phones, "samples": len(self.levels),
-                "digest": digest(self.levels)}
+                "digest": digest(self.levels, self.ends, self.spoken)}
 
     def few(self):
         """For the rehearsal: a little of three speakers."""
@@ -600,7 +594,9 @@ def load_data(run):
         at += n
         for part, first, last in zip(parts, cuts, [*cuts[1:], at // hop * hop]):
             part.append((first, last - first))
-    return Speech(levels, parts, names, *labels, args.sample_rate, hop, longest)
+    speech = Speech(levels, parts, names, *labels, args.sample_rate, hop, longest)
+    check_batch(len(speech.windows(args.clip, hop)[0]), args.batch_size, "clips", "--batch-size")
+    return speech
 
 
 def read_folder(run):
@@ -666,8 +662,8 @@ def make_parser():
             ("strides", strides, "of the encoder (paper 2,2,2,2,2,2); their product is the hop"),
             ("channels", count, "residual channels of the decoder"),
             ("skip-channels", count, "skip channels of the decoder"),
-            ("layers", count, "layers of the decoder"),
-            ("cycle", count, "its dilations are 1, 2 .. 2^(CYCLE-1), and again"),
+            ("layers", depth, "layers of the decoder"),
+            ("cycle", depth, "its dilations are 1, 2 .. 2^(CYCLE-1), and again"),
             ("past-dropout", fraction, "share of past samples the decoder gets wrong (paper 0)"),
             ("crop", count, "samples of a training example"),
             ("clip", count, "samples of a test clip and of the prior's examples (paper 40,960)"),

@@ -32,9 +32,10 @@ from torch.utils.data import Dataset, TensorDataset
 
 from prior import PixelCNN
 from vqvae import (VAE, VIMCO, VQVAE, Categorical, Gaussian, GlobalVAE, GlobalVQVAE, Logistics,
-                   Parser, batches, bits_per_dim, check_batch, count_codes, digest, find_files,
-                   fraction, launch, likelihood_gap, make_quantizer, mix, perplexity, pick_device,
-                   positive, prepare, read_run, reading, safe_name, smallest_int, spread, to_unit)
+                   Parser, bits_per_dim, check_batch, count_codes, digest, find_files, fraction,
+                   in_batches, launch, likelihood_gap, make_quantizer, mix, perplexity, pick_device,
+                   positive, prepare, read_run, reading, safe_name, say, smallest_int, spread,
+                   to_unit, write_file)
 
 FAST = dict(data="cifar10", likelihood="logistics", num_codebooks=8, num_codes=128, code_dim=8,
             beta=2.0, samples=10, batch_size=16, lr_decay=0.5, clip_norm=1.0)
@@ -152,13 +153,14 @@ def fit_codes(run, stage, net, loss, codes, steps):
 
 def draw_images(vqvae, prior, size, labels, seed, temperature):
     """Images (N, C, H, W), from codes that the prior draws given labels (N,), if it knows any."""
-    device, images = vqvae.quantizer.codebook.device, []
+    device = vqvae.quantizer.codebook.device
     generator = torch.Generator(device).manual_seed(seed)
-    for y in batches(labels, 50, device):
-        codes = prior.sample(len(y), size[0] // STRIDE, size[1] // STRIDE, temperature=temperature,
-                             labels=y if prior.num_classes else None, generator=generator)
-        images.append(vqvae.decode(codes).cpu())
-    return torch.cat(images)
+
+    def draw(y):
+        return vqvae.decode(prior.sample(
+            len(y), size[0] // STRIDE, size[1] // STRIDE, y if prior.num_classes else None,
+            temperature=temperature, generator=generator))
+    return in_batches(draw, device, 50, labels)
 
 
 def sample_images(run, model, prior, data):
@@ -185,8 +187,8 @@ def second_stage(run, model, codes, data):
     """A second VQ-VAE on the code maps of the first; figure 5; and whether its latents are used."""
     args, lookup = run.args, model.quantizer.lookup    # codes -> e_k, what the encoders take
     vqvae, vae, alone = fit_second(run, codes, lookup)
-    latents = Codes(*(TensorDataset(apply(run, lambda c: vqvae.encode(lookup(c)), part.tensors[0]))
-                      for part in codes))              # (N, 3, 1, 1)
+    latents = Codes(*(TensorDataset(in_batches(         # (N, 3, 1, 1)
+        lambda c: vqvae.encode(lookup(c)), run.device, 128, part.tensors[0])) for part in codes))
     # So that images come from nothing: p(k_1) p(k_2|k_1) p(k_3|k_1,k_2), a 1 x 1 grid.
     torch.manual_seed(mix(args.seed, "prior of three"))
     prior = PixelCNN(args.num_codes, args.prior_channels, 1, num_codebooks=LATENTS)
@@ -194,8 +196,9 @@ def second_stage(run, model, codes, data):
     # One z of each test map for its decoder, (N, 3 * D, 1, 1); that of the VAE is drawn.
     maps, three = codes.test.tensors[0], latents.test.tensors[0]
     torch.manual_seed(args.seed)
-    z = apply(run, vqvae.quantizer.lookup, three)
-    z_vae, kl = (apply(run, lambda c: vae.encode(lookup(c))[i], maps) for i in range(2))
+    z = in_batches(vqvae.quantizer.lookup, run.device, 128, three)
+    z_vae, kl = (in_batches(lambda c: vae.encode(lookup(c))[i], run.device, 128, maps)
+                 for i in range(2))
     draw_figure_5(run, model, vqvae, vae, prior, data, z, z_vae)
     used = count_codes(three, args.num_codes, LATENTS).view(LATENTS, -1).count_nonzero(1)
     kl = kl.mean().item() / math.log(2)
@@ -220,7 +223,7 @@ def fit_second(run, codes, lookup):
                         cond_channels=cond_channels, num_codebooks=args.num_codebooks)
 
     def loss(net, codes, *_):
-        y = net(codes.long(), lookup(codes.long()))
+        y = net(codes.long(), lookup(codes))
         stats = {"bits_per_code": y.nll.mean() / codes[0].numel() / math.log(2)}
         if y.codes is not None:
             stats["codes_used"] = count_codes(y.codes, args.num_codes, LATENTS)
@@ -233,11 +236,6 @@ def fit_second(run, codes, lookup):
                          ("alone", alone, lambda net, codes, *_: prior_loss(net, codes))):
         fit_codes(run, f"second-{name}", net, f, codes, args.second_steps)
     return vqvae, vae, alone
-
-
-def apply(run, function, codes):
-    """function(codes (B, ...) int64, on the device) for all of them, off the device again."""
-    return torch.cat([function(c.long()).cpu() for c in batches(codes, 128, run.device)])
 
 
 def conditional_bits(name, decoder, codes, z, paid, device="cpu"):
@@ -323,11 +321,13 @@ def measure_prior(run, prior, codes, data, metrics):
 
 def bits_per_code(prior, codes, labels=None, cond=None, device="cpu", batch=64):
     """-log2 p(codes | labels, cond) / number of codes, under a fitted PixelCNN."""
-    def split(given):
-        return batches(given, batch, device) if given is not None else [None] * len(codes)
-    nats = sum(F.cross_entropy(prior(c.long(), y, z), c.long(), reduction="sum").item()
-               for c, y, z in zip(split(codes), split(labels), split(cond)))
-    return nats / codes.numel() / math.log(2)
+    given = {k: v for k, v in (("labels", labels), ("cond", cond)) if v is not None}
+
+    def nats(c, *rest):
+        logits = prior(c.long(), **dict(zip(given, rest)))
+        return F.cross_entropy(logits, c.long(), reduction="none").flatten(1).mean(1)
+    each = in_batches(nats, device, batch, codes, *given.values())     # (N,)
+    return each.double().mean().item() / math.log(2)
 
 
 def judge_samples(run, samples, labels, data):
@@ -346,7 +346,7 @@ def judge_samples(run, samples, labels, data):
                                nn.Linear(64 * 16, len(data.classes)))
     run.fit("classifier", classifier, loss, data.train, min(800, run.args.steps),
             run.args.batch_size, 2e-3, data.valid)
-    return {"sample_class_accuracy": accuracy(batches(samples, 128, run.device), labels),
+    return {"sample_class_accuracy": accuracy(samples.to(run.device).split(128), labels),
             "real_class_accuracy": accuracy(data.test.batches(run.device), *data.test.labels)}
 
 
@@ -398,8 +398,9 @@ def use(args):
         images[f"{i}-{safe_name(Path(file).stem)}"] = run.vqvae.reconstruct(x)[0].cpu()
     folder.mkdir(exist_ok=True)
     for name, x in images.items():                     # (C, H, W)
-        Image.fromarray(x.permute(1, 2, 0).squeeze(2).numpy()).save(folder / f"{name}.png")
-    print(f"{len(images)} images are in {folder}")
+        write_file(folder / f"{name}.png", lambda f: Image.fromarray(
+            x.permute(1, 2, 0).squeeze(2).numpy()).save(f, "PNG"))
+    say(f"{len(images)} images are in {folder}")
 
 
 # -- Data: the demo's scenes, CIFAR-10, or your own ---------------------------------------------
@@ -449,7 +450,8 @@ class Data:
                         / some[0].numel() for power in (1, 2))
         self.facts = {"size": list(self.array.shape[1:]), "classes": self.classes,
                       "images": [len(self.train), len(self.valid), len(self.test)],
-                      "digest": digest(self.array),    # all equal images have no variance
+                      "digest": digest(self.array, self.part, *self.train.labels),
+                      # All equal images have no variance.
                       "variance": max(square - mean ** 2, 1.0) / 255 ** 2}
 
     def few(self, count=4):
@@ -598,15 +600,14 @@ def load_cifar10(folder, wait=False):
         if packed.exists():
             content = packed.read_bytes()
         else:
-            print(f"downloading {CIFAR10_URL} (170 MB) to {packed}", flush=True)
+            say(f"downloading {CIFAR10_URL} (170 MB) to {packed}")
             with urllib.request.urlopen(CIFAR10_URL, timeout=60) as web:
                 content = web.read()
         if hashlib.md5(content).hexdigest() != CIFAR10_MD5:
             raise OSError(f"its MD5 is not {CIFAR10_MD5}")
         if not packed.exists():                        # appears whole, or not at all
             folder.mkdir(parents=True, exist_ok=True)
-            packed.with_suffix(".tmp").write_bytes(content)
-            packed.with_suffix(".tmp").rename(packed)
+            write_file(packed, lambda f: f.write(content))
         with tarfile.open(fileobj=io.BytesIO(content)) as archive:
             parts = [np.frombuffer(archive.extractfile(f"cifar-10-batches-bin/{name}.bin").read(),
                                    np.uint8).reshape(-1, 3073)         # label, 3 x 32 x 32 bytes

@@ -28,9 +28,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from prior import VideoPrior
-from vqvae import (VQVAE, Gaussian, Parser, batches, check_batch, count_codes, digest, fraction,
-                   launch, make_quantizer, mix, perplexity, pick_device, positive, read_run,
-                   reading, smallest_int, to_unit)
+from vqvae import (VQVAE, Gaussian, Parser, check_batch, count_codes, depth, digest, fraction,
+                   in_batches, launch, make_quantizer, mix, perplexity, pick_device, positive,
+                   read_run, reading, say, smallest_int, to_unit, write_file)
 
 GIVEN, GENERATED = 6, 10          # frames of a roll-out, as in fig. 7
 FACTOR = 4                        # pixels per code, each way
@@ -89,8 +89,8 @@ class Model(namedtuple("Model", "vqvae prior names args")):
 
     def decode(self, codes, size=128):
         """The way back: codes (N, T, h, w) -> frames (N, T, 3, H, W) uint8, on the CPU."""
-        return torch.cat([self.vqvae.decode(z.long()).cpu() for z in batches(
-            codes.flatten(0, 1), size, self.device)]).unflatten(0, codes.shape[:2])
+        return in_batches(self.vqvae.decode, self.device, size, codes.flatten(0, 1)).unflatten(
+            0, codes.shape[:2])
 
     def imagine(self, frames, actions, temperature=None, seed=0):
         """Frames (N, T, 3, H, W) uint8, T >= 1, and what follows if actions (N, n) int64 are taken
@@ -241,9 +241,9 @@ def action_accuracy(rows):
 def judge_accuracy(judge, film, actions):
     """Clips (N, n + 1, 3, H, W), actions (N, n): how often the judge names the action, by step."""
     pairs = film.unfold(1, 2, 1).movedim(-1, 2).flatten(0, 1)          # (N * n, 2, 3, H, W)
-    guesses = [judge(to_unit(x)).argmax(1).cpu()
-               for x in batches(pairs, 100, next(judge.parameters()).device)]
-    return (torch.cat(guesses).view_as(actions) == actions).float().mean(0).tolist()
+    guesses = in_batches(lambda x: judge(to_unit(x)).argmax(1), next(judge.parameters()).device,
+                         100, pairs)
+    return (guesses.view_as(actions) == actions).float().mean(0).tolist()
 
 
 # -- Pictures -----------------------------------------------------------------------------------
@@ -320,10 +320,9 @@ def use(args):
         if play.axis.figure.canvas.required_interactive_framework is None:
             raise ValueError("--play: no display for a window; --play left,left writes a GIF")
         plt.show()                                     # until the window is closed
-    with open(Path(args.out, "play.gif"), "wb") as file:
-        save_film(file, play.film, play.truth(), ["given"] * GIVEN + [
-            model.names[action] for action in play.actions])
-    print(f"{len(play.film)} frames are in {file.name}")
+    file, captions = Path(args.out, "play.gif"), [model.names[action] for action in play.actions]
+    write_file(file, lambda f: save_film(f, play.film, play.truth(), ["given"] * GIVEN + captions))
+    say(f"{len(play.film)} frames are in {file}")
 
 
 class Play:
@@ -429,7 +428,8 @@ def load_data(run):
     x, batch_size = parts["train"].frames, max(run.args.batch_size, run.args.prior_batch_size)
     check_batch(len(x) * (x.shape[1] - 1), batch_size, "frames", "--batch-size, --prior-batch-size")
     some = to_unit(x[torch.linspace(0, len(x) - 1, 200).long(), ::4])  # variance: eq. 3, term 1
-    return Data(parts, {"actions": names, "size": list(x.shape[-2:]), "digest": digest(x),
+    return Data(parts, {"actions": names, "size": list(x.shape[-2:]),
+                        "digest": digest(x, parts["train"].actions),
                         "variance": max(some.var().item(), 1 / 255 ** 2)})
 
 
@@ -475,7 +475,7 @@ def make_parser():
     flag("--prior-lr", type=fraction, help="Adam's learning rate for the prior")
     flag("--no-actions", action="store_true", help="a prior that is not conditioned on actions")
     flag("--res-hidden", type=positive(int), help="channels inside a residual block")
-    flag("--prior-layers", type=positive(int), help="layers of its PixelCNN")
+    flag("--prior-layers", type=depth, help="layers of its PixelCNN")
     flag("--temperature", type=positive(float), help="of roll-outs; below 1: likelier codes")
     flag("--demo-clips", type=positive(int), default=3500, help="training clips of the demo")
     return parser

@@ -236,9 +236,9 @@ class VectorQuantizer(nn.Module):
         optimizer.register_step_pre_hook(forget)
 
     def lookup(self, codes):
-        """codes (B, ...), or (B, G, ...), to vectors (B, G*D, ...): what the decoder takes."""
+        """codes (B, ...), or (B, G, ...), integers, to vectors (B, G*D, ...): for the decoder."""
         codes = codes.unsqueeze(1) if self.num_codebooks == 1 else codes
-        rows = self.rows(codes.transpose(0, 1).flatten(1))
+        rows = self.rows(codes.transpose(0, 1).flatten(1).long())
         shape = (codes.shape[0], self.num_codebooks * self.code_dim, *codes.shape[2:])
         return self.to_field(F.embedding(rows, self.codebook), shape)
 
@@ -882,7 +882,7 @@ def launch(parser, load_data, main, use=None):
         main(run, data)
     except (OSError, MemoryError) as e:
         stop(reason(e))
-    except (ValueError, RuntimeError) as e:
+    except Exception as e:
         begun = run and run.folder_made
         if begun and not re.search("memory|alloc", str(e)):
             raise  # a fault of the program: its traceback is needed
@@ -899,7 +899,8 @@ def stop(message, status=2):
 
 def reason(error):
     """An exception in half a line."""
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    clear = isinstance(error, (OSError, ValueError, RuntimeError, MemoryError))
+    text = getattr(error, "strerror", None) or clear and str(error) or repr(error)
     name = getattr(error, "filename", None)
     return f"{name}: {text}" if name else " ".join(text.split())[:300]
 
@@ -970,6 +971,7 @@ def positive(kind):
 
 
 fraction = number(float, "number from 0 to 1", lambda x: 0 <= x <= 1)
+depth = number(int, "integer from 1 to 1000", lambda x: 0 < x <= 1000)
 natural = number(int, "integer from 0 up", lambda x: 0 <= x < 2 ** 63)
 path = number(str, "path", str.strip)
 
@@ -990,6 +992,8 @@ class Run:
         with reading("RANK, WORLD_SIZE, LOCAL_RANK in the environment, as torchrun sets them"):
             self.rank, self.world, self.local_rank = (int(os.environ.get(name, default)) for
                 name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+            if not 0 <= self.rank < self.world:
+                raise ValueError(f"process {self.rank} of {self.world}")
         self.out = self.home = Path(args.out)          # a rehearsal writes elsewhere than home
         self.device = pick_device(args.device, self.local_rank)
         if self.world > 1 and not dist.is_initialized():
@@ -1033,7 +1037,7 @@ class Run:
                 main(twin, few)
         except Exception as e:
             where = traceback.extract_tb(e.__traceback__)[-1]
-            stop(f"these flags and data do not work together: {type(e).__name__}, {reason(e)} "
+            stop(f"these flags and data do not work together: {reason(e)} "
                  f"({Path(where.filename).name}, line {where.lineno}; found in a rehearsal, "
                  "nothing was trained or written)")
 
@@ -1058,9 +1062,9 @@ class Run:
                 file.rename(old / file.name)
             self.say(f"the run that was in {self.out} is in {old} now")
         args, self.folder_made = vars(self.args), True
-        self.write_text("config.json", json.dumps({
-            **args, "torch": torch.__version__, "device_used": str(self.device),
-            "processes": self.world}, indent=1))
+        about = {**args, "torch": torch.__version__, "device_used": str(self.device),
+                 "processes": self.world}
+        self.write("config.json", lambda f: f.write(json.dumps(about, indent=1).encode()))
         self.write("checkpoint.pt", lambda f: torch.save(
             {"script": self.script, "args": args, "facts": self.facts}, f))
 
@@ -1148,7 +1152,7 @@ class Run:
 
         batches = torch.utils.data.DataLoader(
             data, batch_size=None, sampler=indices(), num_workers=4 * gpu, pin_memory=gpu,
-            worker_init_fn=ignore_interrupts, generator=torch.Generator())
+            worker_init_fn=begin_worker, generator=torch.Generator())
         for batch in batches:
             yield [x.to(self.device, non_blocking=True) for x in batch]
 
@@ -1250,7 +1254,7 @@ class Run:
         writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
         writer.writeheader()
         writer.writerows(rows)
-        self.write_text("log.csv", text.getvalue())
+        self.write("log.csv", lambda f: f.write(text.getvalue().encode()))
 
     def read(self, name):
         try:
@@ -1266,18 +1270,7 @@ class Run:
         return found[0]
 
     def write(self, name, writer):
-        """Write a file of the run whole, or leave the one that is there."""
-        temporary = self.out / f"{name}.tmp"
-        try:
-            with open(temporary, "wb") as file:
-                writer(file)
-            os.replace(temporary, self.out / name)     # atomic: the old file or the new one
-        except (OSError, RuntimeError) as e:           # torch.save: RuntimeError on a full disk
-            temporary.unlink(missing_ok=True)
-            stop(f"{self.out / name} cannot be written: {reason(e)}; what was saved before is kept")
-
-    def write_text(self, name, text):
-        self.write(name, lambda f: f.write(text.encode()))
+        write_file(self.out / name, writer)
 
     def finish(self, metrics):
         """metrics.json, curves.png and the last words."""
@@ -1286,7 +1279,7 @@ class Run:
         metrics["seconds"] = round(self.seconds, 1)
         # JSON has neither NaN nor infinity.
         text = re.sub(r"(?<=[ \[])-?(NaN|Infinity)(?=[,\n])", "null", json.dumps(metrics, indent=1))
-        self.write_text("metrics.json", text)
+        self.write("metrics.json", lambda f: f.write(text.encode()))
         self.draw_curves()
         for name, value in metrics.items():
             numbers = value if isinstance(value, list) else [value]
@@ -1333,12 +1326,8 @@ class Run:
     # -- output --------------------------------------------------------------------------------
 
     def say(self, text, end="\n"):
-        if self.rank or self.rehearsing:
-            return
-        try:
-            print(text, end=end, flush=True)
-        except (OSError, ValueError):                  # `| head -1`: training continues in silence
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if not (self.rank or self.rehearsing):
+            say(text, end)
 
     def progress(self, row, steps, speed):
         left = int((steps - row["step"]) / max(speed, 1e-9))
@@ -1352,6 +1341,25 @@ class Run:
             self.say(line)
 
 
+def say(text, end="\n"):
+    try:
+        print(text, end=end, flush=True)
+    except (OSError, ValueError):                      # `| head -1`: training continues in silence
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def write_file(file, writer):
+    """writer(open file): it is written whole, or what is there stays."""
+    temporary = file.with_name(f"{file.name}.tmp")
+    try:
+        with open(temporary, "wb") as f:
+            writer(f)
+        os.replace(temporary, file)                    # atomic: the old file or the new one
+    except (OSError, RuntimeError) as e:               # torch.save: RuntimeError on a full disk
+        temporary.unlink(missing_ok=True)
+        stop(f"{file} cannot be written: {reason(e)}; what was saved before is kept")
+
+
 def read_checkpoint(file):
     """A checkpoint of this project; ValueError with one line if it is anything else."""
     try:
@@ -1361,8 +1369,8 @@ def read_checkpoint(file):
                   "optimizer": dict, "best": (dict, type(None)), "seconds": float})
         if type(state) is dict and all(isinstance(state[k], kinds[k]) for k in kinds):
             return state
-    except FileNotFoundError:
-        raise ValueError(f"there is no {file}") from None
+    except OSError as e:
+        raise ValueError(f"there is no {file} that can be read: {e.strerror}") from None
     except Exception:  # what a torn file makes torch and pickle raise has no end
         pass
     raise ValueError(f"{file} is corrupt, or not a checkpoint of this project")
@@ -1391,7 +1399,6 @@ def find_files(root, endings):
     path, hidden ones left out. Links to folders are followed; an unreadable folder is an error."""
     def fail(error):
         raise error
-
     files = []
     for folder, folders, names in os.walk(root, onerror=fail, followlinks=True):
         above = os.path.realpath(folder) + os.sep      # a link back up would never end
@@ -1420,9 +1427,8 @@ def prepare(run, source, key, read, files, item_shape):
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_suffix(f".{os.getpid()}.tmp")
         with open(temporary, "wb") as f:
-            lengths = decode(run, source, read, files, f)
-            f.write(json.dumps(lengths).encode())      # and how long that is, in 16 letters
-            f.write(b"%16d" % len(json.dumps(lengths)))
+            lengths = json.dumps(decode(run, source, read, files, f)).encode()
+            f.write(lengths + b"%16d" % len(lengths))  # and how long that is, in 16 letters
         for stale in file.parent.glob(f"{name.split('-')[0]}-*"):      # other files, other flags
             if stale.suffix == ".bin" or time.time() - stale.stat().st_mtime > 3600:   # or torn
                 stale.unlink()
@@ -1441,7 +1447,7 @@ def decode(run, source, read, files, out):
     """Write files one after the other, decoded by all cores; returns how long each one is."""
     lengths, begun, said = [], time.time(), time.time()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with ProcessPoolExecutor(min(cores, len(files)), initializer=begin_decoding) as pool:
+    with ProcessPoolExecutor(min(cores, len(files)), initializer=begin_worker) as pool:
         for x in pool.map(read, files, chunksize=16):
             out.write(x.tobytes())
             lengths.append(len(x))
@@ -1452,19 +1458,16 @@ def decode(run, source, read, files, out):
     return lengths
 
 
-def begin_decoding():
-    ignore_interrupts()
+def begin_worker(number=0):
+    """Ctrl-C reaches worker processes too, but the main process still wants its batch."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)                           # after a fork torch would wait for threads
 
 
-def ignore_interrupts(worker=0):
-    """Ctrl-C reaches worker processes too, but the main process still wants its batch."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def batches(tensor, size, device):
-    """A CPU tensor piece by piece on the device, for measuring: nothing whole lies there."""
-    return (part.to(device) for part in tensor.split(size))
+def in_batches(function, device, size, *tensors):
+    """torch.cat of function over CPU tensors, `size` rows at a time on the device."""
+    return torch.cat([function(*(x.to(device) for x in part)).cpu()
+                      for part in zip(*(x.split(size) for x in tensors))])
 
 
 def smallest_int(num_codes):
@@ -1478,9 +1481,9 @@ def spread(n, count):
     return torch.linspace(0, n - 1, min(n, count), dtype=torch.float64).long()
 
 
-def digest(tensor):
-    """A checksum of a thousand evenly spread examples: is this the data of the checkpoint?"""
-    return zlib.crc32(tensor[spread(len(tensor), 1000)].numpy().tobytes(), len(tensor))
+def digest(*tensors):
+    """Checksums of a thousand evenly spread examples: is this the data of the checkpoint?"""
+    return [zlib.crc32(x[spread(len(x), 1000)].numpy().tobytes(), len(x)) for x in tensors]
 
 
 def make_quantizer(args, num_codebooks=1):
@@ -1501,7 +1504,7 @@ def plain(text, most=40):
 
 def safe_name(text):
     """Any name as part of a file's name."""
-    return re.sub(r"[^\w.-]+", "_", str(text).encode("ascii", "replace").decode())[:40]
+    return re.sub(r"[^\w.-]+", "_", str(text).encode("ascii", "backslashreplace").decode())[:99]
 
 
 @contextmanager

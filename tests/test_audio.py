@@ -381,6 +381,17 @@ def test_decoded_files_are_found_again_and_a_changed_one_is_noticed(tmp_path, mo
     assert third.facts["samples"] == first.facts["samples"] and third.facts != first.facts
 
 
+def test_a_phone_that_moved_is_noticed(tmp_path, monkeypatch):
+    folder, facts = speakers(tmp_path / "data"), []
+    for end in (0.1, 0.2):
+        lab = tmp_path / "lab/ann/0.lab"
+        lab.parent.mkdir(parents=True, exist_ok=True)
+        lab.write_text(f"{end} a\n0.3 b\n")
+        facts.append(loaded("--data", folder, "--labels", tmp_path / "lab", tmp_path=tmp_path,
+                            monkeypatch=monkeypatch).facts)
+    assert facts[0]["phones"] == facts[1]["phones"] and facts[0] != facts[1]
+
+
 def test_prior_sees_the_whole_chunk():
     for length in (2, 64, 125, 320, 640):
         args = SimpleNamespace(num_codes=4, prior_channels=2)
@@ -682,6 +693,8 @@ def test_bad_labels_get_one_line(tmp_path, refused, text, wanted):
                                            (("--strides", "2,x"), "--strides"),
                                            (("--sample-rate", "5"), "--sample-rate"),
                                            (("--demo-utterances", "3"), "speaker soprano: 0.0 s"),
+                                           (("--batch-size", "5000"), "--batch-size"),
+                                           (("--layers", "1000000000"), "--layers"),
                                            (("--labels", "lab"), "--data")])
 def test_bad_flags_get_one_line(refused, flags, wanted):
     assert wanted in refused(*flags)

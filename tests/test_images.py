@@ -548,6 +548,17 @@ def test_variance_of_the_data_is_that_of_the_training_part():
     assert data.facts["variance"] == pytest.approx((images[:40] / 255).var(), rel=1e-9)
 
 
+def test_another_image_label_or_part_is_noticed():
+    images, part, labels = noise(30, 8, 8, 3), np.repeat([0, 1, 2], 10), np.arange(30) % 2
+    facts = Data(images, part, labels, "ab").facts
+    changed = images.copy()
+    changed[25, 3, 3] ^= 1
+    assert Data(images.copy(), part, labels, "ab").facts == facts
+    assert Data(changed, part, labels, "ab").facts != facts
+    assert Data(images, np.roll(part, 1), labels, "ab").facts["digest"] != facts["digest"]
+    assert Data(images, part, 1 - labels, "ab").facts != facts
+
+
 def test_flips_mirror_half_of_the_training_images_and_no_validation_image(monkeypatch):
     caught, seen = [], []
     model = VQVAE(VectorQuantizer(16, 4), Gaussian(), hidden=8, res_hidden=8)
@@ -802,6 +813,20 @@ def test_sample_writes_as_many_pictures_as_asked_for_and_trains_nothing(demo, mo
         "sample-0000.png", "sample-0001.png", "sample-0002.png"]
     assert Image.open(demo / "used" / "sample-0000.png").size == (16, 16)
     assert (demo / "checkpoint-prior.pt").read_bytes() == before
+
+
+def test_a_full_disk_in_use_is_one_line_and_leaves_no_torn_picture(demo, monkeypatch, capsys):
+    def full(self, file, format=None):
+        file.write(b"half a picture")
+        raise OSError(28, "No space left on device")
+
+    start(monkeypatch, "--out", demo, "--sample", "1")
+    before = (demo / "used" / "sample-0000.png").read_bytes()
+    monkeypatch.setattr(Image.Image, "save", full)
+    line = stopped(capsys, start, monkeypatch, "--out", demo, "--sample", "1")
+    assert "sample-0000.png" in line and "No space left" in line
+    assert (demo / "used" / "sample-0000.png").read_bytes() == before
+    assert not list(demo.rglob("*.tmp"))
 
 
 @pytest.mark.parametrize("flags, words", [

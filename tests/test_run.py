@@ -21,8 +21,9 @@ import torch.nn.functional as F
 from torch.utils.data import TensorDataset
 
 from conftest import ROOT
-from vqvae import (Decoder, Encoder, Parser, Run, VectorQuantizer, VectorQuantizerEMA, batches,
-                   find_files, launch, prepare, read_run, reading, schedule, smallest_int, spread)
+from vqvae import (Decoder, Encoder, Parser, Run, VectorQuantizer, VectorQuantizerEMA, find_files,
+                   in_batches, launch, prepare, read_run, reading, safe_name, schedule, smallest_int,
+                   spread)
 
 PRESETS = {"demo": dict(steps=6, prior_steps=6, batch_size=4, lr=0.01)}
 X = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
@@ -683,6 +684,7 @@ def test_resume_of_a_corrupt_stage_is_refused_before_a_byte_is_written(launched)
 @pytest.mark.parametrize("error, said", [
     (OSError(28, "No space left on device", "x.npy"), "x.npy: No space left on device"),
     (ValueError("photos: no images"), "photos: no images"), (MemoryError(), "MemoryError"),
+    (TypeError("'<' not supported"), "TypeError"), (KeyError("steps"), "KeyError('steps')"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "can't allocate memory")])
 def test_errors_while_reading_data_are_one_line(launched, error, said):
     def load_data(run):
@@ -721,8 +723,8 @@ def test_a_full_disk_in_the_middle_is_one_line_and_leaves_the_last_checkpoint(la
 
 def test_flags_for_use_train_nothing(launched):
     played = []
-    with pytest.raises(AttributeError):                # nothing was made
-        launched("--play", "left", use=lambda args: played.append(args.play) or [].x)
+    with pytest.raises(IndexError):                    # nothing was made
+        launched("--play", "left", use=lambda args: played.append(args.play))
     assert played == ["left"] and not launched.out.exists()
 
 
@@ -751,6 +753,8 @@ def test_finetune_starts_from_the_weights_of_another_run(make_run, tmp_path):
 @pytest.mark.parametrize("spoil, said", [
     (lambda out: (out / "checkpoint.pt").unlink(), "there is no"),
     (lambda out: (out / "checkpoint-one.pt").write_bytes(b"x"), "corrupt"),
+    (lambda out: (out / "checkpoint-one.pt").unlink() or (out / "checkpoint-one.pt").mkdir(),
+     "Is a directory"),
     (lambda out: torch.save({**torch.load(out / "checkpoint-one.pt"), "steps": 9},
                             out / "checkpoint-one.pt"), "step 6 of 9"),
     (lambda out: torch.save({**torch.load(out / "checkpoint.pt"), "script": "video"},
@@ -870,9 +874,16 @@ def test_codes_are_kept_in_the_smallest_type_that_holds_them(K, dtype):
     assert torch.tensor([K - 1]).to(dtype).item() == K - 1
 
 
-def test_batches_cover_everything_the_small_last_one_too():
-    parts = list(batches(X, 8, "cpu"))
-    assert [len(part) for part in parts] == [8, 8, 4] and torch.equal(torch.cat(parts), X)
+def test_in_batches_covers_everything_the_small_last_one_too():
+    sizes = []
+    total = in_batches(lambda x, i: sizes.append(len(x)) or x + i, "cpu", 8, X, INDEX.tensors[0][:, None])
+    assert sizes == [8, 8, 4] and torch.equal(total, X + torch.arange(20)[:, None])
+
+
+def test_different_names_are_different_files():
+    names = ["\u4f0a", "\u85e4", "a" * 50 + "b", "a" * 50 + "c", "x y"]
+    files = [safe_name(name) for name in names]
+    assert len(set(files)) == len(names) and all(f.isascii() and " " not in f for f in files)
 
 
 NOBODY_LISTENS = """
@@ -908,6 +919,14 @@ def test_batch_that_does_not_divide_among_the_processes(make_run, capsys, monkey
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     line = stopped(capsys, make_run)
     assert "--batch-size 4" in line and "3 processes" in line
+
+
+@pytest.mark.parametrize("rank, world", [("0", "0"), ("0", "-1"), ("2", "2"), ("-1", "2"), ("a", "1")])
+def test_processes_that_cannot_be(make_run, monkeypatch, rank, world):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", world)
+    with pytest.raises(ValueError, match="WORLD_SIZE"):
+        make_run()
 
 
 class Small(nn.Module):

@@ -352,6 +352,22 @@ def test_a_folder_of_arrays_stays_on_the_disk(tmp_path):
     assert x.untyped_storage().data_ptr() == parts["train"].frames.untyped_storage().data_ptr()
 
 
+def test_another_frame_or_action_is_noticed(tmp_path):
+    frames, actions = clips(20)
+    flags = argparse.Namespace(batch_size=1, prior_batch_size=1)
+    def facts(name, frames, actions):
+        flags.data = save(tmp_path / name, frames, actions)
+        return train_video.load_data(argparse.Namespace(args=flags)).facts
+    first = facts("a.npz", frames, actions)
+    assert facts("b.npz", frames, actions) == first
+    changed = actions.copy()
+    changed[3, 3] = (changed[3, 3] + 1) % 3
+    assert facts("c.npz", frames, changed)["digest"] != first["digest"]
+    changed = frames.copy()
+    changed[3, 3, 3, 3] ^= 1
+    assert facts("d.npz", changed, actions)["digest"] != first["digest"]
+
+
 def test_stretches_are_all_of_them_with_the_action_that_leads_to_their_end():
     clip = torch.arange(3 * 5).view(3, 5)              # frame t of clip n is the number 5 n + t
     actions = 100 + torch.arange(3 * 4).view(3, 4)     # from t to t + 1 of clip n: 100 + 4 n + t
