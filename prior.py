@@ -198,8 +198,7 @@ class PixelCNN(nn.Module):
         return self.pos_embed(waves.to(weight.dtype))                  # (H, W, 16) -> (H, W, C)
 
     @torch.no_grad()
-    def sample(self, batch, height, width, labels=None, cond=None, temperature=1.0,
-               generator=None):
+    def sample(self, batch, height, width, labels=None, cond=None, temperature=1.0, generator=None):
         """Ancestral sampling for about the work of one forward pass: row by row for the vertical
         stack, which sees only finished rows; code by code for the horizontal one.
         Returns (batch, height, width) int64, or (batch, G, height, width)."""

@@ -998,14 +998,15 @@ class Run:
         self.device = pick_device(args.device, self.local_rank)
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-        # Later defaults win: script < preset < checkpoint < what was typed.
+        # Later defaults win: script < preset < checkpoint < what was typed; text is checked.
         parser.set_defaults(**parser.presets[args.preset])
         self.saved = self.read("checkpoint.pt") if args.resume else None
         before = self.saved["args"] if args.resume else {}
         if args.resume and self.saved["script"] != self.script:
             stop(f"--resume: {self.out} holds a run of train_{self.saved['script']}.py")
-        parser.set_defaults(**{name: value for name, value in before.items()
-                               if name not in ("out", "device", "resume")})
+        parser.set_defaults(**{name: value if isinstance(value, bool) else str(value)
+                               for name, value in before.items() if value is not None
+                               and name not in ("out", "device", "resume")})
         self.args = parser.parse_args()
         for name, value in before.items():
             if name not in self.free and getattr(self.args, name, value) != value:

@@ -524,6 +524,19 @@ def test_corrupt_or_foreign_checkpoint_is_refused_and_left_alone(make_run, capsy
     assert file.read_bytes() == before[name]
 
 
+@pytest.mark.parametrize("name, value", [("steps", -1.5), ("steps", [1]), ("prior_steps", "x"),
+                                         ("batch_size", {}), ("lr", 1e9), ("lr_decay", "x")])
+def test_a_saved_flag_is_checked_as_a_typed_one_is(make_run, capsys, name, value):
+    run = make_run()
+    train(run, network())
+    state = torch.load(run.out / "checkpoint.pt", weights_only=True)
+    torch.save({**state, "args": {**state["args"], name: value}}, run.out / "checkpoint.pt")
+    before = contents(run.out)
+    line = stopped(capsys, make_run, "--resume")
+    assert name.replace("_", "-") in line and str(value) in line
+    assert contents(run.out) == before
+
+
 def test_a_checkpoint_that_would_run_code_is_refused(make_run, capsys, tmp_path):
     run = make_run()
     run.out.mkdir()
