@@ -1,5 +1,5 @@
-"""The samplers of prior.py as one would write them first, the whole network for every code: what the
-cached ones are tested against. From the same generator both must draw the same codes."""
+"""The samplers of prior.py as one would write them first, the whole network for every code: what
+the cached ones are tested against. From the same generator both must draw the same codes."""
 
 import torch
 import torch.nn.functional as F

@@ -123,7 +123,8 @@ def test_npz_labels_and_split_are_used(tmp_path):
     split = np.array(["test"] * 5 + ["valid"] * 2 + ["train"] * 5)
     np.savez(tmp_path / "a.npz", images=images, labels=each, split=split)
     data = load(tmp_path / "a.npz")
-    for part, rows in ((data.test, slice(5)), (data.valid, slice(5, 7)), (data.train, slice(7, 12))):
+    for part, rows in ((data.test, slice(5)), (data.valid, slice(5, 7)),
+                       (data.train, slice(7, 12))):
         assert np.array_equal(pixels(part), images[rows]) and labels(part) == each[rows].tolist()
     assert data.classes == ["0", "1", "2"]
 

@@ -22,8 +22,8 @@ from torch.utils.data import TensorDataset
 
 from conftest import ROOT
 from vqvae import (Decoder, Encoder, Parser, Run, VectorQuantizer, VectorQuantizerEMA, find_files,
-                   in_batches, launch, prepare, read_run, reading, safe_name, schedule, smallest_int,
-                   spread)
+                   in_batches, launch, prepare, read_run, reading, safe_name, schedule,
+                   smallest_int, spread)
 
 PRESETS = {"demo": dict(steps=6, prior_steps=6, batch_size=4, lr=0.01)}
 X = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
@@ -613,7 +613,8 @@ def refused(launched, *flags, **kwargs):
 
 def test_what_would_fail_late_fails_in_the_rehearsal(launched):
     def main(run, data):
-        run.fit("one", network(), lambda net, x: (net(x).sum(), {}), TensorDataset(data.x), 6, 4, 0.1)
+        run.fit("one", network(), lambda net, x: (net(x).sum(), {}), TensorDataset(data.x), 6, 4,
+                0.1)
         (run.out / "picture.png").write_text("half done")
         raise KeyError("$ in a class name")
 
@@ -649,8 +650,8 @@ def test_the_log_begins_without_the_rehearsal(launched):
 
     def main(run, data):
         for stage in ("first", "next"):
-            run.fit(stage, network(), lambda net, x: (net(x).sum(), {}), TensorDataset(data.x), 2, 4,
-                    0.01)
+            run.fit(stage, network(), lambda net, x: (net(x).sum(), {}), TensorDataset(data.x), 2,
+                    4, 0.01)
             logs.append("" if run.rehearsing else (run.out / "log.csv").read_text())
 
     with pytest.raises(IndexError):                    # main did not tell what it made
@@ -716,7 +717,8 @@ def test_a_fault_of_the_program_keeps_its_traceback(launched):
         launched(main=main)
 
 
-def test_a_full_disk_in_the_middle_is_one_line_and_leaves_the_last_checkpoint(launched, monkeypatch):
+def test_a_full_disk_in_the_middle_is_one_line_and_leaves_the_last_checkpoint(
+        launched, monkeypatch):
     launched()
     before, save = contents(launched.out), torch.save
 
@@ -779,7 +781,7 @@ def test_only_a_finished_run_of_the_script_is_read(make_run, spoil, said):
     assert args.batch_size == 4 and same(dict(weights), checkpoint(run)["model"])
     best = {"loss": 0.0, "step": 3, "model": {"a": torch.ones(2)}}
     torch.save({**checkpoint(run), "best": best}, run.out / "checkpoint-one.pt")
-    assert same(read_run(run.out, "test", ["one"])[2], [best["model"]]), "--keep best is the default"
+    assert same(read_run(run.out, "test", ["one"])[2], [best["model"]]), "the default is best"
     spoil(run.out)
     with pytest.raises(ValueError, match=said) as error:
         read_run(run.out, "test", ["one"])
@@ -889,7 +891,8 @@ def test_codes_are_kept_in_the_smallest_type_that_holds_them(K, dtype):
 
 def test_in_batches_covers_everything_the_small_last_one_too():
     sizes = []
-    total = in_batches(lambda x, i: sizes.append(len(x)) or x + i, "cpu", 8, X, INDEX.tensors[0][:, None])
+    total = in_batches(lambda x, i: sizes.append(len(x)) or x + i, "cpu", 8, X,
+                       INDEX.tensors[0][:, None])
     assert sizes == [8, 8, 4] and torch.equal(total, X + torch.arange(20)[:, None])
 
 
@@ -904,7 +907,8 @@ import os, sys
 from test_run import *
 pipe = os.pipe()
 os.close(pipe[0])
-for name, where in (("pipe", pipe[1]), ("full", os.open("/dev/full", os.O_WRONLY)), ("closed", None)):
+full = os.open("/dev/full", os.O_WRONLY)
+for name, where in (("pipe", pipe[1]), ("full", full), ("closed", None)):
     if not (child := os.fork()):
         os.dup2(where, 1) if where else os.close(1)
         sys.stdout = sys.stdout if where else None
@@ -934,7 +938,8 @@ def test_batch_that_does_not_divide_among_the_processes(make_run, capsys, monkey
     assert "--batch-size 4" in line and "3 processes" in line
 
 
-@pytest.mark.parametrize("rank, world", [("0", "0"), ("0", "-1"), ("2", "2"), ("-1", "2"), ("a", "1")])
+@pytest.mark.parametrize("rank, world", [("0", "0"), ("0", "-1"), ("2", "2"), ("-1", "2"),
+                                         ("a", "1")])
 def test_processes_that_cannot_be(make_run, monkeypatch, rank, world):
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", world)
@@ -1043,7 +1048,7 @@ def test_two_processes_equal_one_with_the_joint_batch(processes, kind):
 
 
 def test_indices_spread_over_a_long_stream_stay_inside_it():
-    for n in (1, 7, 999, 1000, 28_800_000, 2 ** 26 + 1):          # float32 would round 28,799,999 up
+    for n in (1, 7, 999, 1000, 28_800_000, 2 ** 26 + 1):      # float32 would round 28,799,999 up
         index = spread(n, 1000)
         assert index[0] == 0 and index[-1] == n - 1 and len(index) == min(n, 1000), (
             f"of {n} examples indices {index[0]} .. {index[-1]} were picked")
