@@ -650,7 +650,7 @@ def read_labels(run, recordings, lengths):
 
 def make_parser():
     def strides(text):
-        return tuple(positive(int)(s) for s in text.split(","))
+        return tuple(positive(int)(s) for s in text.strip("(),").split(","))  # as resume has them
     parser = Parser("audio", PRESETS, description=__doc__)
     parser.uses = ("sample", "reconstruct", "convert")
     parser.free = parser.free | {"labels", "temperature", "test_clips", "to"}

@@ -26,9 +26,9 @@ TINY = ("--steps 3 --prior-steps 3 --batch-size 4 --clip 2048 --crop 512 "
         "--device cpu").split()
 
 
-def run(*flags, out):
+def run(*flags, out, tiny=TINY):
     """The script as a user runs it, small: (exit status, stdout, stderr)."""
-    done = subprocess.run([sys.executable, ROOT / "train_audio.py", *TINY, "--out", out, *flags],
+    done = subprocess.run([sys.executable, ROOT / "train_audio.py", *tiny, "--out", out, *flags],
                           capture_output=True, text=True, cwd=out.parent, timeout=300,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     return done.returncode, done.stdout, done.stderr
@@ -532,8 +532,8 @@ def test_demo_runs_all_experiments_and_resumes(tmp_path):
     assert len(sounds) >= 2 * 3 + 2
     for x, rate in map(audio.read_sound, sounds):
         assert len(x) == 2048 and rate == 8000
-    status, text, error = run("--resume", out=tmp_path / "a")
-    assert status == 0 and "vqvae 3/3" not in text
+    status, text, error = run("--resume", out=tmp_path / "a", tiny=["--device", "cpu"])
+    assert status == 0 and "vqvae 3/3" not in text, f"--resume must know its flags: {error}"
     again = json.loads((tmp_path / "a/metrics.json").read_text())
     assert {**again, "seconds": 0} == {**metrics, "seconds": 0}
 
