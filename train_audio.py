@@ -130,9 +130,6 @@ class SpeechVQVAE(nn.Module):
             # small errors do not carry the sampler away, and the decoder depends on the codes.
             wrong = torch.rand(x.shape, device=x.device) < self.past_dropout
             past = torch.where(wrong, torch.randint_like(past, 256), past)
-            # 15 % of the examples begin from silence, at any time: a sampler may fall silent too.
-            silent = torch.linspace(0.15, 0, x.shape[1], device=x.device)      # how often, by time
-            past[torch.rand(len(x), 1, device=x.device) < silent] = 128
         logits = self.decoder(past, self.context(z_q), speaker)        # (B, 256, T)
         return F.cross_entropy(logits.float(), x.long(), reduction="none")
 

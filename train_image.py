@@ -713,6 +713,14 @@ def palette(hue, saturation):
     return (1 - saturation * (1 - wave)).astype(np.float32)
 
 
+def flat_sides(solid):
+    """The half-spaces a.p <= b in which it lies, [(a, b)]."""
+    if solid == "octahedron":
+        return [((x, y, z), 0.5 + y / 2) for x in (-0.7, 0.7) for y in (-1, 1) for z in (-0.7, 0.7)]
+    walls = [(1, 0), (-1, 0), (0, 1), (0, -1)] if solid == "cube" else []
+    return [((0, 1, 0), 1.0), ((0, -1, 0), 0.0)] + [((x, 0, z), 0.5) for x, z in walls]
+
+
 def hit_solid(label, s, start, direction):
     """Where rays meet the solid: distance t (inf: never) and outward normal there.
 
@@ -725,15 +733,9 @@ def hit_solid(label, s, start, direction):
     shift = np.stack([s["x"], np.zeros_like(s["x"]), s["z"]], -1)
     p, d = ((a[..., 0] * c + a[..., 2] * o, a[..., 1] + 0 * c, a[..., 2] * c - a[..., 0] * o)
             for a in ((start - shift) / s["scale"][..., None], direction / s["scale"][..., None]))
-    planes = [((0, 1, 0), 1.0), ((0, -1, 0), 0.0)]                         # 0 <= y <= 1
-    if SOLIDS[label] == "cube":
-        planes += [((x, 0, z), 0.5) for x, z in ((1, 0), (-1, 0), (0, 1), (0, -1))]
-    if SOLIDS[label] == "octahedron":
-        planes = [((x, y, z), 0.5 + 0.5 * y) for x in (-0.7, 0.7) for y in (-1, 1)
-                  for z in (-0.7, 0.7)]
     near, far = (np.full(d[0].shape, end, np.float32) for end in (-np.inf, np.inf))
     normal = np.zeros((*d[0].shape, 3), np.float32)
-    for (ax, ay, az), b in planes:
+    for (ax, ay, az), b in flat_sides(SOLIDS[label]):
         speed = ax * d[0] + ay * d[1] + az * d[2]      # of the ray against the plane
         t = (b - ax * p[0] - ay * p[1] - az * p[2]) / np.where(speed == 0, 1e-9, speed)
         enters = (speed < 0) & (t > near)

@@ -493,22 +493,6 @@ def test_past_dropout_spoils_what_the_decoder_hears_and_not_what_it_must_say():
     assert differs(1.0, train=False) == later, "the dropout is for training only"
 
 
-def test_some_training_examples_begin_from_silence_at_a_random_moment():
-    model, seen = tiny_model().train(), []
-    model.decoder.forward = lambda past, cond, speaker: (
-        seen.append(past) or torch.zeros(len(past), 256, past.shape[1]))
-    model.past_dropout = 1e-12                         # no random samples, to see the silence alone
-    x = torch.randint(1, 100, (2000, 64))              # 128 is silence, of which there is none
-    nll = model.nll(x, torch.zeros(2000, 4, 1), torch.zeros(2000, dtype=torch.long))
-    silent = seen[0] == 128
-    assert torch.equal(torch.where(silent, x, seen[0]), x), "all but the silence is what was said"
-    assert (silent.long().diff() <= 0).all(), "silence lies at the beginning, in one piece"
-    began = silent.sum(1)
-    assert 220 < (began > 0).sum() < 380, f"{(began > 0).sum()} of 2000; about 15 % should"
-    assert 25 < began[began > 0].float().mean() < 40, "at any moment of the 64 samples alike"
-    assert nll.shape == x.shape and (nll > 0).all(), "what must be said stays the same"
-
-
 # -- the script -----------------------------------------------------------------------------------
 
 
