@@ -400,7 +400,7 @@ def use(args):
     for name, x in images.items():                     # (C, H, W)
         write_file(folder / f"{name}.png", lambda f: Image.fromarray(
             x.permute(1, 2, 0).squeeze(2).numpy()).save(f, "PNG"))
-    say(f"{len(images)} images are in {folder}")
+    say(f"images in {folder}: {len(images)}")
 
 
 # -- Data: the demo's scenes, CIFAR-10, or your own ---------------------------------------------

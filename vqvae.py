@@ -20,7 +20,8 @@ The paper's symbols, used in every file:
     beta      weight of the commitment term    N         latents, of one x; in section 1 of a batch
     gamma     decay of the EMA codebook        sg[.]     stop gradient, .detach()
 
-Sections 1 to 6 need torch and nothing else. Section 1 stands alone: copy it.
+Sections 1 to 6 need torch and nothing else. Section 1 stands alone: copy it, and the imports
+of math, NamedTuple and torch.
 
     >>> vq = VectorQuantizerEMA(num_codes=512, code_dim=64)
     >>> q = vq(torch.randn(8, 64, 32, 32))
