@@ -18,9 +18,6 @@ channels; V values of x (K for codes, 256 for speech); N frames of conditioning,
     >>> prior = PixelCNN(num_codes=512, channels=64, num_layers=15)
     >>> prior.sample(4, 8, 8).shape
     torch.Size([4, 8, 8])
-    >>> decoder = WaveNet(num_values=256, cond_channels=64, num_speakers=10)
-    >>> decoder.sample(2, 640, cond=torch.randn(2, 64, 10), speaker=torch.tensor([3, 7])).shape
-    torch.Size([2, 640])
 """
 
 import itertools
@@ -38,12 +35,18 @@ def gumbel(*shape, generator=None, device=None):
     return -noise.clamp_(min=1e-30).log_()
 
 
-def draw(logits, noise, temperature):
+def draw(logits, noise, temperature, guidance=1.0):
     """Sample from softmax(logits / temperature), (B, K) -> (B,), by the Gumbel-max trick.
 
     argmax(logits / temperature + noise) has exactly that distribution; temperature 0 gives the
     argmax. The noise is an argument, so that any two samplers can draw the same codes.
+
+    guidance w other than 1: logits (2B, K) given a condition and, below, without it. Both halves
+    get codes from p(z) (p(z|condition) / p(z))^w ("classifier-free", Ho and Salimans 2022).
     """
+    if guidance != 1:
+        given, without = logits.chunk(2)
+        return draw(torch.lerp(without, given, guidance), noise, temperature).repeat(2)
     return torch.add(logits, noise, alpha=temperature).argmax(1)
 
 
@@ -124,19 +127,18 @@ class CodebookHead(nn.Module):
         return torch.einsum("bghwa,gak->bkghw", x, self.weight) + self.bias.t()[:, :, None, None]
 
     def stepper(self):
-        """A function step(h (B, C), noise (G, B, K), temperature) -> G codes (B,)."""
+        """A function step(h (B, C), noise (G, B, K), *how to draw) -> G codes (B,)."""
         enter, bias = self.enter.weight.flatten(1).t(), self.enter.bias
         before = [None, *self.before.weight.split(self.num_codes)]
         codebooks = list(zip(before, self.weight, self.bias))
 
-        def step(h, noise, temperature):
+        def step(h, noise, *how):
             x, codes = torch.addmm(bias, h.relu(), enter), []
             for (table, weight, bias_g), noise_g in zip(codebooks, noise):
                 if codes:
                     x = x + table.index_select(0, codes[-1])
-                codes.append(draw(torch.addmm(bias_g, x.relu(), weight), noise_g, temperature))
+                codes.append(draw(torch.addmm(bias_g, x.relu(), weight), noise_g, *how))
             return codes
-
         return step
 
 
@@ -198,12 +200,14 @@ class PixelCNN(nn.Module):
         return self.pos_embed(waves.to(weight.dtype))                  # (H, W, 16) -> (H, W, C)
 
     @torch.no_grad()
-    def sample(self, batch, height, width, labels=None, cond=None, temperature=1.0, generator=None):
+    def sample(self, batch, height, width, labels=None, cond=None, temperature=1.0, generator=None,
+               guidance=1.0):
         """Ancestral sampling for about the work of one forward pass: row by row for the vertical
         stack, which sees only finished rows; code by code for the horizontal one.
-        Returns (batch, height, width) int64, or (batch, G, height, width)."""
+        With guidance (see `draw`) labels or cond have 2 * batch rows, the last `batch` of them
+        for "no condition". Returns (batch, height, width) int64, or (batch, G, height, width)."""
         check(self, labels=(labels, self.num_classes), cond=(cond, self.cond_channels))
-        B, C, G, W = batch, self.channels, self.num_codebooks, width
+        B, C, G, W = batch * (1 + (guidance != 1)), self.channels, self.num_codebooks, width
         device = self.embed.weight.device
         codes = torch.zeros(height, B, W, G, dtype=torch.long, device=device)
         with torch.inference_mode():  # a fifth off the cost of a small operation
@@ -219,16 +223,16 @@ class PixelCNN(nn.Module):
             for i, pos in enumerate(self.positions(height, W)):        # (W, C)
                 row_cond = cond if cond is None or cond.shape[2] == 1 else cond[:, :, i:i + 1]
                 self.vertical_row(i, v + pos, vertical, bias, labels, row_cond)
-                noise = gumbel(W, G, B, self.num_codes, generator=generator, device=device)
+                noise = gumbel(W, G, batch, self.num_codes, generator=generator, device=device)
                 left, row = (), []                     # column 0: nothing is to the left
                 for j, (h, noise_j) in enumerate(zip(pos, noise)):
                     for table, code in zip(tables, left):
                         h = h + table.index_select(0, code)            # (B, C)
-                    left = draw_codes(step(j, h), noise_j, temperature)
+                    left = draw_codes(step(j, h), noise_j, temperature, guidance)
                     row += left
                 codes[i] = torch.stack(row, 1).view(B, W, G)
                 v = self.embed_all(codes[i])           # (B, W, C)
-        codes = codes.permute(1, 3, 0, 2).contiguous()
+        codes = codes[:, :batch].permute(1, 3, 0, 2).contiguous()
         return codes.squeeze(1) if G == 1 else codes
 
     def vertical_row(self, i, v, vertical, bias, labels, cond):
@@ -269,7 +273,6 @@ class PixelCNN(nn.Module):
                 torch.addcmul(b, a, b, value=-2, out=z)                # -z
                 torch.addmm(h_j, z, w_out, out=above)
             return top
-
         return step
 
 
@@ -334,12 +337,10 @@ class WaveNet(nn.Module):
 
     def bias(self, cond, speaker):
         """What conditioning adds inside the gates: (B, L, 2C, N), N = 1 for the speaker alone."""
-        total = None
+        parts = [self.cond(cond)] if self.cond is not None else []     # (B, L*2C, N)
         if self.speaker is not None:
-            total = self.speaker(speaker).unsqueeze(2)                 # (B, L*2C, 1)
-        if self.cond is not None:
-            total = self.cond(cond) if total is None else self.cond(cond) + total
-        return None if total is None else total.unflatten(1, (-1, 2 * self.channels))
+            parts.append(self.speaker(speaker).unsqueeze(2))           # (B, L*2C, 1)
+        return sum(parts).unflatten(1, (-1, 2 * self.channels)) if parts else None
 
     def check(self, length, cond, speaker):
         check(self, cond=(cond, self.cond_channels), speaker=(speaker, self.num_speakers))
@@ -394,7 +395,6 @@ class WaveNet(nn.Module):
             s = F.relu_(torch.addmm(skip_bias, z, skip, alpha=-1))     # (B, S)
             s = F.relu_(torch.addmm(mix_bias, s, mix))
             return torch.addmm(logit_bias, s, logit)
-
         return step
 
     def matrices(self):
@@ -562,19 +562,21 @@ class VideoPrior(nn.Module):
         return actions
 
     @torch.no_grad()
-    def sample(self, codes, actions=None, frames=1, temperature=1.0, generator=None):
+    def sample(self, codes, actions=None, frames=1, temperature=1.0, generator=None, guidance=1.0):
         """Continue codes (B, T, H, W) int64, T >= 0, by `frames` code maps: (B, frames, H, W).
         actions (B, T + frames - 1): those between the given frames, then those of the roll-out.
-        The U-Net runs once per frame. No pixel is needed."""
-        (B, T, H, W), n = codes.shape, self.context
+        The U-Net runs once per frame. No pixel is needed. guidance above 1: the action counts more
+        than the model says, against "unknown" (see `draw`)."""
+        (B, T, H, W), n, plans = codes.shape, self.context, 1 + (guidance != 1)
         actions = self.check(codes, actions, T + frames - 1)
         if actions.numel() and not -1 <= actions.min() <= actions.max() < self.num_actions:
             raise ValueError(f"actions must be 0 .. {self.num_actions - 1}, or -1 for unknown")
         clip = F.pad(codes, (0, 0, 0, 0, n, 0), value=self.num_codes)  # as in `windows`
         actions = F.pad(actions, (1, 0), value=-1)
         for t in range(T, T + frames):
-            cond = self.unet(clip[:, t:t + n].permute(0, 2, 3, 1), actions[:, t])
-            z = self.pixelcnn.sample(B, H, W, cond=cond, temperature=temperature,
-                                     generator=generator)
+            before, action = clip[:, t:t + n].permute(0, 2, 3, 1), actions[:, t]
+            wanted = action, torch.full_like(action, -1)               # and the action unknown
+            cond = torch.cat([self.unet(before, a) for a in wanted[:plans]])
+            z = self.pixelcnn.sample(B, H, W, None, cond, temperature, generator, guidance)
             clip = torch.cat([clip, z.unsqueeze(1)], 1)
         return clip[:, n + T:]

@@ -31,9 +31,9 @@ import torch.nn.functional as F
 
 from prior import WaveNet
 from vqvae import (Encoder, Parser, check_batch, count_codes, depth, digest, find_files, fraction,
-                   in_batches, launch, loss_per_latent, make_quantizer, mix, number, path,
-                   perplexity, pick_device, plain, positive, prepare, read_run, reading, safe_name,
-                   say, smallest_int, spread, to_unit, write_file)
+                   in_batches, launch, load_models, loss_per_latent, make_quantizer, mix,
+                   number, path, perplexity, pick_device, plain, positive, prepare, reading,
+                   safe_name, say, smallest_int, spread, to_unit, write_file)
 
 PAPER = dict(steps=500_000, prior_steps=250_000, batch_size=16, lr=2e-4, sample_rate=16_000,
              hidden=256, channels=64, skip_channels=256, layers=30, cycle=10, past_dropout=0.0,
@@ -408,14 +408,11 @@ class Trained(namedtuple("Trained", "vqvae prior speakers args device")):
 
 def load(folder="runs/audio", device="auto"):
     """The models of a finished run, in eval mode; ValueError with one line if it is none."""
-    args, facts, weights = read_run(folder, "audio", ["vqvae", "prior"])
-    with reading(folder):
-        vqvae, device = SpeechVQVAE(args, len(facts["speakers"])), pick_device(device)
-        models = vqvae, make_prior(args, args.clip // vqvae.hop)
-        for model, state in zip(models, weights):
-            model.load_state_dict(state)
-            model.to(device).eval().requires_grad_(False)
-    return Trained(*models, facts["speakers"], args, device)
+    def make(args, facts):
+        vqvae = SpeechVQVAE(args, len(facts["speakers"]))
+        return vqvae, make_prior(args, args.clip // vqvae.hop)
+    models, args, facts = load_models(folder, "audio", device, make)
+    return Trained(*models, facts["speakers"], args, pick_device(device))
 
 
 def use(args):

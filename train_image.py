@@ -33,9 +33,9 @@ from torch.utils.data import Dataset, TensorDataset
 from prior import PixelCNN
 from vqvae import (VAE, VIMCO, VQVAE, Categorical, Gaussian, GlobalVAE, GlobalVQVAE, Logistics,
                    Parser, bits_per_dim, check_batch, count_codes, digest, find_files, fraction,
-                   in_batches, launch, likelihood_gap, make_quantizer, mix, perplexity, pick_device,
-                   positive, prepare, read_run, reading, safe_name, say, smallest_int, spread,
-                   to_unit, write_file)
+                   in_batches, launch, likelihood_gap, load_models, make_quantizer, mix, perplexity,
+                   positive, prepare, reading, safe_name, say, smallest_int, spread, to_unit,
+                   write_file)
 
 FAST = dict(data="cifar10", likelihood="logistics", num_codebooks=8, num_codes=128, code_dim=8,
             beta=2.0, samples=10, batch_size=16, lr_decay=0.5, clip_norm=1.0)
@@ -377,13 +377,9 @@ class Trained(NamedTuple):
 
 def load(folder="runs/image", device="auto"):
     """The VQ-VAE and the prior of a finished run, in eval mode; ValueError if there is none."""
-    args, facts, weights = read_run(folder, "image", ["vqvae", "prior"])
-    with reading(folder):                              # a checkpoint of another version, say
-        models = make_model(args, facts), make_prior(args, facts)
-        for net, state in zip(models, weights):
-            net.load_state_dict(state)
-            net.to(pick_device(device)).eval().requires_grad_(False)
-        return Trained(*models, facts["classes"], tuple(facts["size"]), args)
+    models, args, facts = load_models(folder, "image", device, lambda args, facts: (
+        make_model(args, facts), make_prior(args, facts)))
+    return Trained(*models, facts["classes"], tuple(facts["size"]), args)
 
 
 def use(args):

@@ -9,11 +9,7 @@
 
 A roll-out gets 6 frames and generates 10 "purely in the latent space"; the decoder makes pictures
 of them at the end. --out (runs/video) receives rollout.png (the paper's fig. 7), rollout.gif,
-rollout_long.png, metrics.json and checkpoints.
-
---data: an .npz with `frames` (N, T, H, W, 3) uint8 and `actions` (N, T) or (N, T-1), integers from
-0, actions[n, t] from frames[n, t] to frames[n, t + 1]; or a folder with frames.npy and
-actions.npy, which stay on the disk (a memory map).
+rollout_long.png, metrics.json and checkpoints. What --data takes says .github/DATA.md.
 """
 
 import itertools
@@ -29,12 +25,11 @@ import torch.nn.functional as F
 
 from prior import VideoPrior
 from vqvae import (VQVAE, Gaussian, Parser, check_batch, count_codes, depth, digest, fraction,
-                   in_batches, launch, make_quantizer, mix, perplexity, pick_device, positive,
-                   read_run, reading, say, smallest_int, to_unit, write_file)
+                   in_batches, launch, load_models, make_quantizer, mix, perplexity, positive,
+                   reading, say, smallest_int, to_unit, write_file)
 
 GIVEN, GENERATED = 6, 10          # frames of a roll-out, as in fig. 7
 FACTOR = 4                        # pixels per code, each way
-
 PRESETS = {
     # 24 x 48 x 3 -> 6 x 12 codes, for a laptop.
     "demo": dict(steps=1100, prior_steps=4600, batch_size=32, prior_batch_size=48, lr=1e-3,
@@ -43,7 +38,7 @@ PRESETS = {
     # DeepMind Lab, 84 x 84 x 3 -> 21 x 21, K = 512; rate and steps are those of CIFAR-10.
     "paper": dict(steps=250_000, prior_steps=250_000, batch_size=128, prior_batch_size=128, lr=2e-4,
                   prior_lr=2e-4, num_codes=512, code_dim=64, hidden=128, res_hidden=32,
-                  prior_channels=128, prior_layers=10),
+                  prior_channels=128, prior_layers=10, guidance=1.0),
 }
 
 
@@ -59,7 +54,7 @@ def main(run, data):
 
     train, valid = data.stretches(GIVEN + 1, codes, args.num_codes)    # stage two: p(z | actions)
     run.fit("prior", model.prior, lambda net, z, action: prior_loss(
-        net, z, None if args.no_actions else action),
+        net, z, None if args.no_actions else action, 0.1 * (args.guidance != 1)),
         train, args.prior_steps, args.prior_batch_size, args.prior_lr, valid)
 
     train, valid = data.stretches(2)                   # of measurements, no part of the model
@@ -105,7 +100,8 @@ class Model(namedtuple("Model", "vqvae prior names args")):
         plan = F.pad(actions, (codes.shape[1] - 1, 0), value=-1)       # -1: not looked at
         return self.prior.sample(
             codes.to(self.device).long(), plan.to(self.device) if self.prior.num_actions else None,
-            actions.shape[1], temperature or self.args.temperature or 1.0, generator)
+            actions.shape[1], temperature or self.args.temperature or 1.0, generator,
+            self.args.guidance)
 
 
 def make_model(args, facts):
@@ -122,12 +118,14 @@ def vqvae_loss(net, x, num_codes):
     return y.loss, {"mse": mse, "codes_used": count_codes(y.codes, num_codes)}
 
 
-def prior_loss(net, z, action):
+def prior_loss(net, z, action, hidden=0.0):
     """-log p(z_t | z_<t, a_(t-1)), teacher-forced: the frames before, z[:, :-1], are recorded ones.
-    z (B, GIVEN + 1, h, w); action (B,) leads to the last frame, or None."""
+    z (B, GIVEN + 1, h, w); action (B,) leads to the last frame, or None. A share of the actions is
+    `hidden` in training, as guidance has to know what comes without them."""
     z = z.long()
     if action is not None:  # of the earlier ones the prior sees what they did, in the frames
-        action = F.pad(action[:, None], (GIVEN - 1, 0), value=-1)
+        seen = torch.rand(action.shape, device=z.device) >= hidden * net.training
+        action = F.pad(torch.where(seen, action, -1)[:, None], (GIVEN - 1, 0), value=-1)
     loss = F.cross_entropy(net(z, action, last=1), z[:, -1:])          # nats per code
     return loss, {"bits_per_code": loss.detach() / math.log(2)}
 
@@ -183,7 +181,8 @@ def roll_outs(run, model, clips):
 def measure_codes(model, clips, codes):
     counts = count_codes(codes.long(), model.args.num_codes)
     bits = codes[0, 0].numel() * math.log2(max(2, len(counts)))        # of a frame
-    bits_of = {"": clips.actions, "_shuffled_actions": clips.actions.roll(1, 0)}
+    bits_of = {"": clips.actions, "_shuffled_actions": clips.actions.roll(1, 0),
+               "_unknown_actions": torch.full_like(clips.actions, -1)}
     return {"codes_used": (counts > 0).sum().item(), "num_codes": len(counts),
             "perplexity": perplexity(counts).item(),
             "compression": clips.frames[0, 0].numel() * 8 / bits} | {
@@ -297,13 +296,7 @@ def save_film(file, imagined, truth, captions, width=320):
 
 def load(folder="runs/video", device="auto"):
     """The trained Model of a finished run, in eval mode; ValueError if there is none."""
-    args, facts, weights = read_run(folder, "video", ["vqvae", "prior"])
-    with reading(folder):                              # a checkpoint of another version, say
-        model = make_model(args, facts)
-        for net, state in zip(model[:2], weights):
-            net.load_state_dict(state)
-            net.to(pick_device(device)).eval().requires_grad_(False)
-    return model
+    return load_models(folder, "video", device, make_model)[0]
 
 
 def use(args):
@@ -446,7 +439,7 @@ def load_parts(args, wanted=("train", "valid", "test", "unseen")):
 
 
 def read_arrays(path):
-    """--data (see the top of this file) -> frames (N, T, 3, H, W), actions (N, T-1)."""
+    """--data, .npz or a folder of .npy -> frames (N, T, 3, H, W), actions (N, T-1)."""
     with reading(f"--data {path}"):                    # mode c: mapped, and never written back
         file = {name: np.load(Path(path, f"{name}.npy"), "c", allow_pickle=False) for name in (
             "frames", "actions")} if Path(path).is_dir() else np.load(path, allow_pickle=False)
@@ -477,6 +470,7 @@ def make_parser():
     flag("--res-hidden", type=positive(int), help="channels inside a residual block")
     flag("--prior-layers", type=depth, help="layers of its PixelCNN")
     flag("--temperature", type=positive(float), help="of roll-outs; below 1: likelier codes")
+    flag("--guidance", type=positive(float), default=1.5, help="weight of actions (1: the paper)")
     flag("--demo-clips", type=positive(int), default=3500, help="training clips of the demo")
     return parser
 

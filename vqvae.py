@@ -947,8 +947,7 @@ class Parser(argparse.ArgumentParser):
         flag("--seed", type=natural, default=0, help="of data, weights, batches and samples")
         flag("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
         flag("--precision", choices=["fp32", "bf16"], default="fp32", help="bf16: autocast")
-        flag("--keep", choices=["best", "last"], default="best", help="weights: best on validation "
-             "data, or last")
+        flag("--keep", choices=["best", "last"], default="best", help="weights: best in validation")
         flag("--finetune", type=path, metavar="RUN", help="start from a finished run's weights")
         flag("--resume", action="store_true", help="continue the run in --out, with its flags")
 
@@ -1394,6 +1393,18 @@ def read_run(folder, script, stages):
         best = state["best"] if common["args"].get("keep") == "best" else None
         weights.append(best["model"] if best else state["model"])
     return args, common["facts"], weights
+
+
+def load_models(folder, script, device, make):
+    """The networks make(args, facts) of a finished run, with its weights, in eval mode; and both.
+    ValueError with one line if the folder holds no such run."""
+    args, facts, weights = read_run(folder, script, ["vqvae", "prior"])
+    with reading(folder):                              # a checkpoint of another version, say
+        models = make(args, facts)
+        for net, state in zip(models, weights):
+            net.load_state_dict(state)
+            net.to(pick_device(device)).eval().requires_grad_(False)
+    return models, args, facts
 
 
 def find_files(root, endings):

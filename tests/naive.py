@@ -37,12 +37,17 @@ def sample_wavenet(net, batch, length, cond=None, speaker=None, temperature=1.0,
 
 
 @torch.no_grad()
-def sample_video(net, codes, actions, frames, generator):
+def sample_video(net, codes, actions, frames, generator, guidance=1.0):
+    """Guidance: log p(z|action) + (w - 1) (log p(z|action) - log p(z|unknown)), softmax of that."""
     B, T, H, W = codes.shape
     clip = F.pad(codes, (0, 0, 0, 0, 0, frames))                       # (B, T + frames, H, W)
     for t in range(T, T + frames):
         for i in range(H):
             noise = gumbel(W, B, net.num_codes, generator=generator)
             for j in range(W):
-                clip[:, t, i, j] = draw(net(clip, actions)[:, :, t, i, j], noise[j], 1.0)
+                logits = net(clip, actions)[:, :, t, i, j].log_softmax(1)
+                if guidance != 1:
+                    unknown = net(clip, actions.clone().fill_(-1))[:, :, t, i, j].log_softmax(1)
+                    logits = logits + (guidance - 1) * (logits - unknown)
+                clip[:, t, i, j] = draw(logits, noise[j], 1.0)
     return clip[:, T:]

@@ -23,7 +23,7 @@ from PIL import Image
 import train_video
 from conftest import ROOT
 from naive import sample_video
-from prior import VideoPrior
+from prior import VideoPrior, draw, gumbel
 from train_video import (ACTIONS, GENERATED, GIVEN, Clips, Play, RollOut, Stretches, World,
                          action_accuracy, bits_per_code, demo_clips, demo_part, is_moving,
                          judge_accuracy, judge_loss, load, load_parts, make_judge, measure_films,
@@ -124,6 +124,44 @@ def test_cached_sampler_equals_naive(given, num_actions):
                 for f in (prior.sample, partial(sample_video, prior)))
     assert one.shape == (3, 2, 3, 5) and one.dtype == torch.long
     assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("guidance", [0.5, 1.5, 3.0])
+def test_guided_sampling_weighs_the_action_against_no_action(guidance):
+    prior = VideoPrior(7, 3, 16, 2, context=2).double()
+    for p in prior.parameters():
+        p.data *= 2
+    codes, actions = torch.randint(7, (3, 2, 3, 5)), torch.randint(3, (3, 3))
+    one, two, plain = (f(codes, actions, 2, generator=torch.Generator().manual_seed(5),
+                         guidance=w) for f, w in ((prior.sample, guidance),
+                       (partial(sample_video, prior), guidance), (prior.sample, 1.0)))
+    assert torch.equal(one, two), "p(z|action)^w p(z)^(1 - w): both terms see the same codes"
+    assert not torch.equal(one, plain), "guidance changes nothing"
+
+
+@pytest.mark.parametrize("guidance", [0.0, 1.0, 2.0])
+def test_guided_draws_have_the_distribution_they_should(guidance):
+    given, without = torch.tensor([0.6, 0.3, 0.1]), torch.tensor([0.3, 0.3, 0.4])
+    n, tall = 20_000, torch.Generator().manual_seed(0)
+    logits = torch.cat([given.log().expand(n, -1), without.log().expand(n, -1)])
+    z = draw(logits if guidance != 1 else logits[:n], gumbel(n, 3, generator=tall), 1.0, guidance)
+    wanted = given ** guidance * without ** (1 - guidance)
+    found = z[:n].bincount(minlength=3) / n
+    assert torch.allclose(found, wanted / wanted.sum(), atol=0.015), f"frequencies {found}"
+    assert guidance == 1 or torch.equal(z[:n], z[n:]), "both halves must go on with the same codes"
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_share_of_the_actions_is_hidden_in_training_only(training):
+    prior = VideoPrior(7, 3, 16, 1).train(training)
+    seen = []
+    prior.register_forward_pre_hook(lambda net, args: seen.append(args[1][:, -1]))
+    action = torch.randint(3, (2000,))
+    train_video.prior_loss(prior, torch.randint(7, (2000, GIVEN + 1, 4, 4)), action, hidden=0.25)
+    hidden = (seen[0] == -1).float().mean().item()
+    assert hidden == pytest.approx(0.25 * training, abs=0.04), f"{hidden} of the actions hidden"
+    known = seen[0] != -1
+    assert torch.equal(seen[0][known], action[known]), "the other actions must stay"
 
 
 def test_same_seed_same_roll_out():
@@ -679,10 +717,25 @@ def demo(tmp_path_factory):
 def test_demo_from_nothing_to_roll_outs(demo):
     metrics = read(demo)
     assert 0 <= metrics["action_accuracy"] <= 1
-    assert "bits_per_code_shuffled_actions" in metrics
+    assert {"bits_per_code_shuffled_actions", "bits_per_code_unknown_actions"} <= metrics.keys()
     assert {"unseen_action_accuracy", "unseen_psnr_generated", "unseen_bits_per_code",
             "unseen_judge_imagined"} <= set(metrics), "the second row: mazes never seen"
     assert all(len(metrics[f"judge_{k}"]) == GENERATED for k in ("real", "imagined"))
+
+
+@pytest.mark.parametrize("guidance, hidden", [(1, 0), (1.5, 0.1)])
+def test_with_guidance_1_no_action_is_hidden(script, tmp_path, monkeypatch, guidance, hidden):
+    loss, seen = train_video.prior_loss, set()
+
+    def spy(net, z, action, share):
+        seen.add(share)
+        return loss(net, z, action, share)
+    monkeypatch.setattr(train_video, "prior_loss", spy)
+    data = save(tmp_path / "clips.npz", *clips(20))
+    status, _, error = script(*TINY, "--data", data, "--out", tmp_path / "one", "--guidance",
+                              guidance)
+    assert status == 0, error
+    assert seen == {hidden}, "--guidance 1 is the paper's model; others need the prior without"
 
 
 def test_own_clips_and_the_same_numbers_after_resume(script, tmp_path):
@@ -764,7 +817,8 @@ def test_imagine_goes_from_frames_to_frames(model, clips_of_test):
     assert torch.equal(film[:, :GIVEN], given)
     plan = torch.cat([torch.full((2, GIVEN - 1), -1), actions], 1)
     z = model.encode(given).long()
-    z = model.prior.sample(z, plan, 3, generator=torch.Generator().manual_seed(4))
+    z = model.prior.sample(z, plan, 3, generator=torch.Generator().manual_seed(4),
+                           guidance=model.args.guidance)
     assert torch.equal(film[:, GIVEN:], model.decode(z)), "not what the prior samples"
     assert torch.equal(film[:, :GIVEN + 2], model.imagine(given, actions[:, :2], seed=4))
 
