@@ -367,9 +367,8 @@ class WaveNet(nn.Module):
 
         A layer needs its own input of d steps ago: a ring buffer of d rows per layer, one after the
         other in `ring`; the newest input overwrites the one that was just read, nothing is moved.
-        The number of operations counts, not their size: everything independent of the layer
-        below (past inputs, skips) is one product over all layers, and four operations per layer
-        are left, each into memory laid out here.
+        The number of operations counts, not their size: past inputs and skips are one product over
+        all layers, and four operations per layer are left, each into memory laid out here.
         """
         B, C, L = batch, self.channels, len(self.dilations)
         past, now, out, (skip, skip_bias), (mix, mix_bias), (logit, logit_bias) = self.matrices()

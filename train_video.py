@@ -34,7 +34,7 @@ PRESETS = {
     # 24 x 48 x 3 -> 6 x 12 codes, for a laptop.
     "demo": dict(steps=1100, prior_steps=4600, batch_size=32, prior_batch_size=48, lr=1e-3,
                  prior_lr=3e-3, lr_decay=0.5, codebook="ema", num_codes=128, code_dim=32, hidden=48,
-                 res_hidden=32, prior_channels=32, prior_layers=2),
+                 res_hidden=32, prior_channels=32, prior_layers=2, temperature=0.7),
     # DeepMind Lab, 84 x 84 x 3 -> 21 x 21, K = 512; rate and steps are those of CIFAR-10.
     "paper": dict(steps=250_000, prior_steps=250_000, batch_size=128, prior_batch_size=128, lr=2e-4,
                   prior_lr=2e-4, num_codes=512, code_dim=64, hidden=128, res_hidden=32,

@@ -1322,7 +1322,8 @@ class Run:
         axis.set_xticks([(k + 0.5) * (W + 2) for k in range(len(columns))], map(plain, columns))
         axis.set_yticks([(k + 0.5) * (H + 2) for k in range(len(rows))], map(plain, rows))
         axis.tick_params(length=0, labelsize=8)
-        self.write(f"{name}.png", lambda f: figure.savefig(f, format="png", dpi=120))
+        self.write(f"{name}.png", lambda f: figure.savefig(
+            f, format="png", dpi=120, bbox_inches="tight"))            # no white margins
 
     # -- output --------------------------------------------------------------------------------
 
