@@ -3,7 +3,6 @@
     python train_image.py                          demo scenes, no download, no GPU: minutes
     python train_image.py --data photos/ --size 128 --preset paper       your own images, on a GPU
     python train_image.py --resume                 resume runs/image where it stopped
-    torchrun --nproc_per_node=2 train_image.py     the same run over several processes
     python train_image.py --preset cifar10-small   bits/dim, sec. 4.1; or with --model vae, vimco
     python train_image.py --resume --second-stage  27 bits per image: a second VQ-VAE, on the codes
     python train_image.py --sample 16 --label cone           more samples from a finished run

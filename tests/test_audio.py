@@ -258,16 +258,37 @@ def tiny_run(tmp_path, **args):
 
 
 def test_phones_are_read_on_test_speech_by_the_table_of_training_speech(tmp_path):
-    codes = torch.tensor([0, 1, 1, 1, 2, 2] + [0, 1, 2, 2, 2, 2])
-    phones = torch.tensor([0, 1, 1, 2, 2, 2] + [1, 2, 2, 0, 255, 255], dtype=torch.uint8)
+    # The first and the last code of a stretch are neighbours and no more.
+    codes = torch.tensor([0, 0, 1, 1, 1, 2, 2, 0] + [0, 0, 1, 2, 2, 2, 2, 0])
+    phones = torch.tensor([0, 0, 1, 1, 2, 2, 2, 0] + [2, 1, 2, 2, 0, 255, 255, 2],
+                          dtype=torch.uint8)
     # Two samples per code: the phone in the middle of a code is that of its second.
-    data = speech(torch.zeros(24, dtype=torch.uint8), phones=["a", "b", "c"],
-                  ends=torch.arange(24) + 1,
+    data = speech(torch.zeros(32, dtype=torch.uint8), phones=["a", "b", "c"],
+                  ends=torch.arange(32) + 1,
                   spoken=torch.stack([torch.zeros_like(phones), phones], 1).flatten())
     found = audio.read_phones(tiny_run(tmp_path), data, codes)
     assert found["phone_baseline"] == 2 / 4, "the most frequent phone of training speech is c"
     assert found["phone_accuracy"] == 1 / 4, "predicted: a, b, c, c"
     assert (tmp_path / "drawn").exists()
+
+
+def test_three_codes_read_a_phone_by_naive_bayes(tmp_path):
+    rng = np.random.default_rng(0)
+    spoken = rng.integers(3, size=400)
+    codes = (spoken + rng.integers(2, size=400)) % 4   # a code fits two phones
+    codes[1:] = np.where(spoken[:-1] == 2, 3, codes[1:])                  # and knows of the last
+    data = speech(torch.zeros(800, dtype=torch.uint8), phones=["a", "b", "c"],
+                  ends=torch.arange(800) + 1,
+                  spoken=torch.tensor(spoken).repeat_interleave(2).byte())
+    found = audio.read_phones(tiny_run(tmp_path, num_codes=4), data, torch.tensor(codes).byte())
+    at, right = range(1, 199), 0
+    for t in range(201, 399):                          # the second half is for testing
+        score = [np.log(sum(spoken[s] == p for s in at)) + sum(
+            np.log((sum(spoken[s] == p and codes[s + i] == codes[t + i] for s in at) + 1)
+                   / (sum(spoken[s] == p for s in at) + 4)) for i in (-1, 0, 1)) for p in range(3)]
+        right += np.argmax(score) == spoken[t]
+    assert found["phone_accuracy_three_codes"] == pytest.approx(right / 198, abs=1e-3)
+    assert found["phone_accuracy_three_codes"] > found["phone_accuracy"] + 0.05
 
 
 class Listener:
@@ -503,8 +524,8 @@ def test_demo_runs_all_experiments_and_resumes(tmp_path):
     for name in ("bits_per_sample bits_per_sample_other_codes bits_per_sample_wrong_speaker "
                  "original_speaker_accuracy reconstructed_speaker_accuracy "
                  "converted_speaker_accuracy phone_error_original phone_error_reconstructed "
-                 "phone_error_converted phone_accuracy phone_baseline codes_used num_codes "
-                 "word_share_samples word_share_original perplexity prior_bits_per_code "
+                 "phone_error_converted phone_accuracy phone_accuracy_three_codes phone_baseline "
+                 "codes_used num_codes word_share_samples word_share_original perplexity prior_bits_per_code "
                  "seconds").split():
         assert math.isfinite(metrics[name]), name
     assert metrics["num_codes"] == 8 and metrics["bits_per_sample"] > 0
