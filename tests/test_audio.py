@@ -525,8 +525,8 @@ def test_demo_runs_all_experiments_and_resumes(tmp_path):
                  "original_speaker_accuracy reconstructed_speaker_accuracy "
                  "converted_speaker_accuracy phone_error_original phone_error_reconstructed "
                  "phone_error_converted phone_accuracy phone_accuracy_three_codes phone_baseline "
-                 "codes_used num_codes word_share_samples word_share_original perplexity prior_bits_per_code "
-                 "seconds").split():
+                 "codes_used num_codes word_share_samples word_share_original perplexity "
+                 "prior_bits_per_code seconds").split():
         assert math.isfinite(metrics[name]), name
     assert metrics["num_codes"] == 8 and metrics["bits_per_sample"] > 0
     for name in ("reconstructions.png", "samples.png", "phones.png", "curves.png", "log.csv",
