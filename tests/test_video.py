@@ -817,8 +817,8 @@ def test_imagine_goes_from_frames_to_frames(model, clips_of_test):
     assert torch.equal(film[:, :GIVEN], given)
     plan = torch.cat([torch.full((2, GIVEN - 1), -1), actions], 1)
     z = model.encode(given).long()
-    z = model.prior.sample(z, plan, 3, generator=torch.Generator().manual_seed(4),
-                           guidance=model.args.guidance)
+    z = model.prior.sample(z, plan, 3, model.args.temperature,
+                           torch.Generator().manual_seed(4), model.args.guidance)
     assert torch.equal(film[:, GIVEN:], model.decode(z)), "not what the prior samples"
     assert torch.equal(film[:, :GIVEN + 2], model.imagine(given, actions[:, :2], seed=4))
 
