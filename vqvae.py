@@ -107,9 +107,10 @@ class VectorQuantizer(nn.Module):
             own: G latents at every position (the 10 in sec. 3.2's 8 x 8 x 10, say).
         data_init: start the codebook from encoder outputs of the first training batch. The paper
             does not say how it starts; False is uniform in [-1/K, 1/K].
-        restart_after: a code is dead once restart_after * K latents in a row have chosen others,
-            and is moved to an encoder output of that batch. Not in the paper; 0 is the paper's
-            rule, under which a code that starts in the wrong place stays there.
+        restart_after: a code is dead once restart_after * K latents in a row have chosen others
+            (a batch counts as K at most: what is rare is absent from many batches), and is moved
+            to an encoder output of that batch. Not in the paper; 0 is the paper's rule, under
+            which a code that starts in the wrong place stays there.
 
     Input (B, G*D, ...), any number of axes after the channels; ValueError for another number of
     channels. Works in float32, also under autocast: in bfloat16 near neighbours change places.
@@ -204,7 +205,7 @@ class VectorQuantizer(nn.Module):
         the same vectors of the joint batch. No random number is drawn, and no GPU has to wait.
         """
         (G, N, _), (rank, world) = z.shape, processes()
-        self.unused += N * world
+        self.unused += min(N * world, self.num_codes)  # the latents of one image are alike
         self.unused.index_fill_(0, rows.flatten(), 0)
         if world > 1:  # a code that any process has used is 0 now, in all of them
             dist.all_reduce(self.unused, dist.ReduceOp.MIN)

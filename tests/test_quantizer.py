@@ -382,9 +382,9 @@ def test_state_dict_round_trip(kind):
 # -- dead codes ---------------------------------------------------------------------------------
 
 
-def with_dead_codes(kind, K=8, D=3, G=1, dead=(5, 6), restart_after=3):
-    """A quantiser with some codes out of reach, and batches (B=2, 4 x 4) for it: 32 latents, which
-    are 4 K, more than restart_after * K."""
+def with_dead_codes(kind, K=8, D=3, G=1, dead=(5, 6), restart_after=1):
+    """A quantiser with some codes out of reach, and batches (B=2, 4 x 4) for it: 32 latents, so
+    that restart_after batches in a row make a code dead."""
     vq = quantizer(kind, K, D, G, restart_after=restart_after)
     with torch.no_grad():
         vq.codebook[list(dead)] += 1000
@@ -397,7 +397,7 @@ def with_dead_codes(kind, K=8, D=3, G=1, dead=(5, 6), restart_after=3):
 @CODEBOOKS
 def test_dead_codes_move_to_latents_of_the_batch(kind, G):
     dead = [5, 6] if G == 1 else [1, 9, 10, 23]        # in the first, the second and the third
-    vq, z_e = with_dead_codes(kind, G=G, dead=dead, restart_after=4)
+    vq, z_e = with_dead_codes(kind, G=G, dead=dead)
     vq(z_e)
     z = torch.from_numpy(vectors(z_e, G))              # (G, N, D)
     for row in dead:
@@ -409,14 +409,25 @@ def test_dead_codes_move_to_latents_of_the_batch(kind, G):
     assert (used[dead] > 0).all(), "the latent that a code was moved to chooses it"
 
 
+def batches_until_moved(kind, batch, restart_after):
+    vq, z_e = with_dead_codes(kind, restart_after=restart_after)
+    for count in range(1, 20):
+        vq(batch(z_e))
+        if (vq.codebook[5:7] < 500).all():
+            return count
+
+
 @BOTH
 def test_a_code_is_dead_after_restart_after_times_k_latents_without_it(kind):
-    vq, z_e = with_dead_codes(kind, restart_after=10)  # 80 latents: in the third batch of 32
-    moved = []
-    for _ in range(4):
-        vq(z_e)
-        moved.append(bool((vq.codebook[5:7] < 500).all()))
-    assert moved == [False, False, True, True]
+    count = batches_until_moved(kind, lambda z_e: z_e[:1, :, :2, :3], restart_after=2)
+    assert count == 3, "6 latents a batch, dead after 2 * K = 16 of them"
+
+
+@BOTH
+def test_a_batch_counts_as_k_latents_at_most(kind):
+    count = batches_until_moved(kind, lambda z_e: z_e, restart_after=3)
+    assert count == 3, ("one batch holds 32 latents of 2 images; what neither image shows is not "
+                        "dead, it is rare")
 
 
 @BOTH
@@ -453,7 +464,7 @@ def test_more_dead_codes_than_latents_move_to_different_vectors():
 
 
 def test_moved_ema_codes_start_with_a_count_of_1_at_their_new_place():
-    vq, z_e = with_dead_codes(VectorQuantizerEMA, restart_after=4)
+    vq, z_e = with_dead_codes(VectorQuantizerEMA)
     vq(z_e)
     assert vq.ema_count[5:7].tolist() == [1, 1], "N_i starts at 1 again"
     assert torch.equal(vq.ema_sum[5:7], vq.codebook[5:7]), (
@@ -491,7 +502,7 @@ def test_restarts_draw_no_random_numbers(kind):
 
 
 def test_adams_moments_of_moved_codes_are_reset():
-    vq, z_e = with_dead_codes(VectorQuantizer, restart_after=10)
+    vq, z_e = with_dead_codes(VectorQuantizer, restart_after=3)
     adam = torch.optim.Adam(vq.parameters(), lr=0.0)
     vq.reset_moments(adam)
 
@@ -533,7 +544,7 @@ def test_stopped_and_resumed_restarts_equal_uninterrupted(kind):
 def share_of_a_process(rank, folder, kind):
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     torch.manual_seed(0)
-    vq, z_e = with_dead_codes(kind, G=2, dead=(1, 5, 9, 10, 15), restart_after=4)
+    vq, z_e = with_dead_codes(kind, K=32, G=2, dead=(1, 5, 33, 34, 63))
     vq(z_e[rank:rank + 1])                               # each process: one of the two examples
     torch.save(vq.state_dict(), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -543,7 +554,7 @@ def share_of_a_process(rank, folder, kind):
 def test_two_processes_move_the_same_codes_to_the_same_vectors_as_one(kind, tmp_path):
     spawn(share_of_a_process, (str(tmp_path), kind), nprocs=2)
     torch.manual_seed(0)
-    vq, z_e = with_dead_codes(kind, G=2, dead=(1, 5, 9, 10, 15), restart_after=4)
+    vq, z_e = with_dead_codes(kind, K=32, G=2, dead=(1, 5, 33, 34, 63))
     vq(z_e)
     for rank in range(2):
         for name, value in torch.load(tmp_path / f"{rank}.pt").items():
