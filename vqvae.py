@@ -207,14 +207,16 @@ class VectorQuantizer(nn.Module):
         (G, N, _), (rank, world) = z.shape, processes()
         self.unused += min(N * world, self.num_codes)  # the latents of one image are alike
         self.unused.index_fill_(0, rows.flatten(), 0)
+        start = rows.sum(1, keepdim=True)              # (G, 1)  modulo N as good as random
         if world > 1:  # a code that any process has used is 0 now, in all of them
             dist.all_reduce(self.unused, dist.ReduceOp.MIN)
+            dist.all_reduce(start)
         dead = (self.unused >= self.restart_after * self.num_codes).view(G, -1)        # (G, K)
         number = dead.cumsum(1) - 1                    # 0, 1, 2, .. for the dead ones
         dead &= number < N * world                     # two at one vector would tie
         count = dead.sum(1, keepdim=True).clamp(min=1)
-        # The batch is random already: evenly spread places in it are random vectors.
-        place = (number * (N * world) // count) - rank * N             # (G, K)
+        # Evenly spread places, as neighbours are alike; from 0 on they would be corners of images.
+        place = (number * (N * world) // count + start) % (N * world) - rank * N       # (G, K)
         here = (place >= 0) & (place < N)              # the others are in other processes' shares
         new = z.take_along_dim(place.clamp(0, N - 1).unsqueeze(2), 1) * here.unsqueeze(2)
         if world > 1:
