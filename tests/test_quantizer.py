@@ -445,6 +445,19 @@ def test_a_code_in_use_is_never_moved(kind):
 
 
 @BOTH
+@CODEBOOKS
+def test_a_lone_dead_code_moves_to_other_places_in_other_batches(kind, G):
+    places = set()
+    for _ in range(12):                                # the batches differ: latents are random
+        vq, z_e = with_dead_codes(kind, G=G, dead=[8 * G - 1])
+        vq(z_e)
+        z = torch.from_numpy(vectors(z_e, G))[-1]      # (N, D)
+        places.add(int((z - vq.codebook[8 * G - 1]).abs().amax(1).argmin()) % 16)
+    assert len(places) > 4, (
+        f"places {places} in maps of 4 x 4: always the first one would be a corner of an image")
+
+
+@BOTH
 def test_restart_after_0_is_the_papers_rule(kind):
     vq, z_e = with_dead_codes(kind, restart_after=0)
     far = vq.codebook[5:7].clone()
