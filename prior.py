@@ -51,7 +51,12 @@ def draw(logits, noise, temperature, guidance=1.0):
 
 
 def gate(x):
-    """The gated activation: channels (a, b) -> tanh(a) * sigmoid(b)."""
+    """The gated activation: channels (a, b) -> tanh(a) * sigmoid(b).
+
+    Samplers make it of one sigmoid: with s = sigmoid(2a), tanh(a) = 2s - 1, so it is
+    2 s sigmoid(b) - sigmoid(b). What makes a is doubled beforehand. (On a CPU tanh takes up to
+    three times as long.)
+    """
     a, b = x.chunk(2, 1)
     return a.tanh() * b.sigmoid()
 
@@ -143,8 +148,8 @@ class CodebookHead(nn.Module):
 
 
 class PixelCNN(nn.Module):
-    """p(codes) for a grid of codes (B, H, W), given a class and / or a conditioning map. Its
-    capacity was "similar to those used by the authors of the PixelCNN paper"; no more is said.
+    """p(codes) for a grid of codes (B, H, W), given a class and / or a conditioning map. The paper
+    gives no sizes, only "similar to those used by the authors of the PixelCNN paper".
 
     Args:
         num_codes: K. channels: C, width of both stacks. num_layers: one of kernel 7, the rest of
@@ -199,7 +204,6 @@ class PixelCNN(nn.Module):
         waves = (math.pi * at * torch.arange(1, 9, device=weight.device)).cos().flatten(2)
         return self.pos_embed(waves.to(weight.dtype))                  # (H, W, 16) -> (H, W, C)
 
-    @torch.no_grad()
     def sample(self, batch, height, width, labels=None, cond=None, temperature=1.0, generator=None,
                guidance=1.0):
         """Ancestral sampling for about the work of one forward pass: row by row for the vertical
@@ -208,6 +212,8 @@ class PixelCNN(nn.Module):
         for "no condition". Returns (batch, height, width) int64, or (batch, G, height, width)."""
         check(self, labels=(labels, self.num_classes), cond=(cond, self.cond_channels))
         B, C, G, W = batch * (1 + (guidance != 1)), self.channels, self.num_codebooks, width
+        if guidance != 1 and any(x is not None and len(x) != B for x in (labels, cond)):
+            raise ValueError(f"guidance {guidance}: labels and cond need {B} rows, 2 * batch")
         device = self.embed.weight.device
         codes = torch.zeros(height, B, W, G, dtype=torch.long, device=device)
         with torch.inference_mode():  # a fifth off the cost of a small operation
@@ -246,12 +252,12 @@ class PixelCNN(nn.Module):
             x_h = F.conv2d(x, layer.link.weight, layer.horizontal.bias) + bias_h
             gates.copy_(x_h.squeeze(2).transpose(1, 2))
             v = v + gate(x + bias_v).squeeze(2).transpose(1, 2)
-        bias[..., :self.channels] *= 2                 # see WaveNet.matrices
+        bias[..., :self.channels] *= 2                 # see gate
 
     def stepper(self, bias):
         """A function step(j, h (B, C)) -> h (B, C): the horizontal stack at column j of a row. Four
         operations per layer, each into memory laid out here. A layer's inputs of the row lie side
-        by side: the window of a position is one slice. For the sigmoid see WaveNet.matrices."""
+        by side: the window of a position is one slice. For the sigmoid see gate."""
         B, W, C, new, columns = *bias.shape[1:3], self.channels, bias.new_zeros, []
         gates, z, top = new(B, 2 * C), new(B, C), new(B, C)
         a, b = gates.chunk(2, 1)
@@ -347,7 +353,6 @@ class WaveNet(nn.Module):
         if cond is not None and (cond.shape[2] == 0 or length % cond.shape[2]):
             raise ValueError(f"{cond.shape[2]} frames of cond do not divide {length} samples")
 
-    @torch.no_grad()
     def sample(self, batch, length, cond=None, speaker=None, temperature=1.0, generator=None):
         """Ancestral sampling, one column of activations per sample: x (batch, length) int64."""
         self.check(length, cond, speaker)
@@ -387,7 +392,7 @@ class WaveNet(nn.Module):
             torch.baddbmm(bias, old, past, out=known)
             for known_l, now_l, h_l, z_l, out_l, above in layers:
                 torch.addmm(known_l, h_l, now_l, out=gates).sigmoid_()
-                torch.addcmul(b, a, b, value=-2, out=z_l)              # -z, see matrices
+                torch.addcmul(b, a, b, value=-2, out=z_l)              # -z, see gate
                 if above is not None:
                     torch.addmm(h_l, z_l, out_l, alpha=-1, out=above)
             ring.index_copy_(0, row, h)
@@ -397,12 +402,9 @@ class WaveNet(nn.Module):
         return step
 
     def matrices(self):
-        """All weights of a step as matrices (in, out), the tanh folded into the sigmoid:
-        tanh(a) = 2 sigmoid(2a) - 1, so with s = sigmoid(2a), tanh(a) sigmoid(b) is
-        2 s sigmoid(b) - sigmoid(b). Double what makes a, and one sigmoid does both. (On a CPU
-        tanh takes up to three times as long.)"""
+        """All weights of a step as matrices (in, out)."""
         w = torch.stack([conv.weight for conv in self.dilated])        # (L, 2C, C, 2)
-        w[:, :self.channels] *= 2
+        w[:, :self.channels] *= 2                      # see gate
         past, now = w.permute(3, 0, 2, 1).contiguous()                 # each (L, C, 2C)
         out = [conv.weight.squeeze(2).t().contiguous() for conv in self.out]   # each (C, C)
         head = [(conv.weight.squeeze(2).t().contiguous(), conv.bias) for conv in self.head[::2]]
@@ -424,7 +426,7 @@ class WaveNet(nn.Module):
             biases = self.bias(part, speaker)
             total = own.unsqueeze(0) if biases is None else own + biases       # (B, L, 2C, N)
             total = total.permute(3, 1, 0, 2).contiguous()
-            total[..., :self.channels] *= 2                            # see matrices
+            total[..., :self.channels] *= 2                            # see gate
             yield from total
 
     def noise(self, batch, length, generator):
@@ -440,7 +442,7 @@ class ActionBlock(nn.Module):
     """Residual block of two 3x3 convolutions. The action scales and shifts its hidden channels:
     FiLM (Perez et al. 2018), here for each position, since a step forward moves the left half of
     the picture to the left and the right half to the right. Without the normalisation the network
-    is slow to learn to copy. A actions, "unknown" among them; F action_channels."""
+    is slow to learn to copy. A actions, "unknown" among them; M action_channels."""
 
     def __init__(self, channels, action_channels):
         super().__init__()
@@ -451,7 +453,7 @@ class ActionBlock(nn.Module):
         self.film = nn.Conv2d(action_channels, 2 * channels, 1)
 
     def forward(self, x, action_map, action):
-        """x (B, C, H, W), action_map (A, F, H, W), action (B,) in 0 .. A-1 -> (B, C, H, W)."""
+        """x (B, C, H, W), action_map (A, M, H, W), action (B,) in 0 .. A-1 -> (B, C, H, W)."""
         scale, shift = self.film(action_map).index_select(0, action).chunk(2, 1)   # (B, C, H, W)
         h = self.norm_hidden(self.first(F.relu(self.norm(x))))
         return x + self.second(F.relu(torch.addcmul(h + shift, h, scale)))
@@ -469,7 +471,7 @@ class VideoPrior(nn.Module):
         num_codes: K. num_actions: 0 for a model without actions.
         channels: of U-Net and PixelCNN. num_layers: of the PixelCNN; with few of them a code
             sees only its neighbours in its own frame, and all of the frames before.
-        context: how many frames back the model sees. action_channels: F, of the action map.
+        context: how many frames back the model sees. action_channels: M, of the action map.
 
     Frames before the first hold a code of their own, "no frame": p(z_1) is learned with the rest,
     and a clip may start from nothing. Action -1, or no actions at all, means "unknown".
@@ -504,11 +506,11 @@ class VideoPrior(nn.Module):
 
     def forward(self, codes, actions=None, last=None):
         """codes (B, T, H, W), actions (B, T-1) or None -> logits (B, K, T, H, W), or with `last`
-        those of the last so many frames. logits[:, :, t, i, j] see the frames t - context .. t - 1,
+        those of the last `last` frames. logits[:, :, t, i, j] see the frames t - context .. t - 1,
         the action that leads to frame t, and the codes of frame t before (i, j)."""
         B, T = codes.shape[:2]
         n = T if last is None else last
-        actions = self.check(codes, actions, T - 1)
+        actions = self.checked(codes, actions, T - 1)
         actions = F.pad(actions, (1, 0), value=-1)     # (B, T): the one that leads to each frame
         cond = self.unet(self.windows(codes, T)[:, T - n:].flatten(0, 1),
                          actions[:, T - n:].flatten())
@@ -541,13 +543,13 @@ class VideoPrior(nn.Module):
         return self.norm(x)
 
     def action_map(self, x):
-        """Features of every action at every position of a map like x: (A, F, H, W)."""
+        """Features of every action at every position of a map like x: (A, M, H, W)."""
         H, W = x.shape[2:]
         rows, cols = (torch.linspace(-1, 1, n, device=x.device, dtype=x.dtype) for n in (H, W))
         pos = self.pos_embed(torch.stack(torch.meshgrid(rows, cols, indexing="ij")).unsqueeze(0))
         return F.relu(self.mix(F.relu(self.embed_action.weight[:, :, None, None] + pos)))
 
-    def check(self, codes, actions, length):
+    def checked(self, codes, actions, length):
         """The actions as (B, length), -1 for unknown."""
         if codes.dim() != 4:
             raise ValueError(f"codes must be (B, T, H, W), got {tuple(codes.shape)}")
@@ -567,7 +569,7 @@ class VideoPrior(nn.Module):
         The U-Net runs once per frame. No pixel is needed. guidance above 1: the action counts more
         than the model says, against "unknown" (see `draw`)."""
         (B, T, H, W), n, plans = codes.shape, self.context, 1 + (guidance != 1)
-        actions = self.check(codes, actions, T + frames - 1)
+        actions = self.checked(codes, actions, T + frames - 1)
         if actions.numel() and not -1 <= actions.min() <= actions.max() < self.num_actions:
             raise ValueError(f"actions must be 0 .. {self.num_actions - 1}, or -1 for unknown")
         clip = F.pad(codes, (0, 0, 0, 0, n, 0), value=self.num_codes)  # as in `windows`

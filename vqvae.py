@@ -107,9 +107,9 @@ class VectorQuantizer(nn.Module):
             own: G latents at every position (the 10 in sec. 3.2's 8 x 8 x 10, say).
         data_init: start the codebook from encoder outputs of the first training batch. The paper
             does not say how it starts; False is uniform in [-1/K, 1/K].
-        restart_after: a code is dead once restart_after * K latents in a row have chosen others
-            (a batch counts as K at most: what is rare is absent from many batches), and is moved
-            to an encoder output of that batch. Not in the paper; 0 is the paper's rule, under
+        restart_after: a code is dead once restart_after * K latents in a row have chosen others,
+            and is moved to an encoder output of that batch. At most K are counted per batch: what
+            is rare is absent from many batches. Not in the paper; 0 is the paper's rule, under
             which a code that starts in the wrong place stays there.
 
     Input (B, G*D, ...), any number of axes after the channels; ValueError for another number of
@@ -141,10 +141,10 @@ class VectorQuantizer(nn.Module):
         rows = self.rows(codes)                        # (G, N)     the same, in the stack
         e = self.codebook.index_select(0, rows.flatten()).view_as(z)  # (G, N, D)  eq. 2: e_k
         z_q = CopyGradient.apply(z_e, self.to_field(e.detach(), z_e.shape))
-        # ||.||_2^2 is a sum over the D numbers of a vector; of these "an average over N terms ...
-        # - one for each latent". mse averages over both, hence the factor D, here and below.
-        commitment = self.code_dim * mse(z_e, z_q.detach())            # eq. 3, term 3
-        loss = self.codebook_term(z, e, rows) + self.beta * commitment
+        # ||.||_2^2 is a sum over the D dimensions, then follows "an average over N terms ... - one
+        # for each latent". mse averages over both, hence the factor D, here and below.
+        commitment = self.code_dim * mse(z_e.to(e), z_q.detach().to(e))                # term 3
+        loss = self.codebook_term(z, e, rows) + self.beta * commitment                 # eq. 3
         if self.training and self.restart_after:
             self.restart_dead_codes(z, rows)
         codes = codes.view(self.num_codebooks, z_e.shape[0], *z_e.shape[2:]).transpose(0, 1)
@@ -172,8 +172,8 @@ class VectorQuantizer(nn.Module):
         next one with a probability proportional to its squared distance from the nearest one
         chosen before (Arthur and Vassilvitskii, 2007).
 
-        Uniform picks would crowd where most latents are (the sky, a wall), and most would never
-        be nearest to anything.
+        Uniform picks would crowd where most latents are (the sky, a wall), with few left for the
+        rest.
         """
         _, world = processes()
         if world > 1:                                  # from the joint batch of all processes
@@ -200,23 +200,23 @@ class VectorQuantizer(nn.Module):
     def restart_dead_codes(self, z, rows):
         """Move dead codes to vectors of this batch: z (G, N, D), and the rows (G, N) they chose.
 
-        The encoder starts out so vague that a few codes do for all it says, and leaves the others
-        behind as it learns to say more. All processes count together, and move the same codes to
+        The outputs of a new encoder are so alike that a few codes do for all; the others are left
+        behind as they spread. All processes count together, and move the same codes to
         the same vectors of the joint batch. No random number is drawn, and no GPU has to wait.
         """
         (G, N, _), (rank, world) = z.shape, processes()
-        self.unused += min(N * world, self.num_codes)  # the latents of one image are alike
+        self.unused += min(N * world, self.num_codes)  # latents of one image are alike
         self.unused.index_fill_(0, rows.flatten(), 0)
         start = rows.sum(1, keepdim=True)              # (G, 1)  modulo N as good as random
         if world > 1:  # a code that any process has used is 0 now, in all of them
             dist.all_reduce(self.unused, dist.ReduceOp.MIN)
             dist.all_reduce(start)
         dead = (self.unused >= self.restart_after * self.num_codes).view(G, -1)        # (G, K)
-        number = dead.cumsum(1) - 1                    # 0, 1, 2, .. for the dead ones
-        dead &= number < N * world                     # two at one vector would tie
+        nth = dead.cumsum(1) - 1                       # 0, 1, 2, .. for the dead ones
+        dead &= nth < N * world                        # two at one vector would tie
         count = dead.sum(1, keepdim=True).clamp(min=1)
         # Evenly spread places, as neighbours are alike; from 0 on they would be corners of images.
-        place = (number * (N * world) // count + start) % (N * world) - rank * N       # (G, K)
+        place = (nth * (N * world) // count + start) % (N * world) - rank * N          # (G, K)
         here = (place >= 0) & (place < N)              # the others are in other processes' shares
         new = z.take_along_dim(place.clamp(0, N - 1).unsqueeze(2), 1) * here.unsqueeze(2)
         if world > 1:
@@ -320,18 +320,18 @@ def processes():
 
 
 def count_codes(codes, num_codes, num_codebooks=1):
-    """How often each code occurs: codes (B, ...) or (B, G, ...) -> (G*K,) float."""
+    """How often each code occurs: codes (B, ...) or (B, G, ...) -> (G*K,) int64."""
     codes = codes.unsqueeze(1) if num_codebooks == 1 else codes
     codes = codes.transpose(0, 1).flatten(1)                           # (G, N)
     first = torch.arange(num_codebooks, device=codes.device).unsqueeze(1) * num_codes
-    counts = torch.zeros(num_codebooks * num_codes, device=codes.device)
+    counts = torch.zeros(num_codebooks * num_codes, dtype=torch.long, device=codes.device)
     rows = (codes + first).flatten()
-    return counts.index_add_(0, rows, torch.ones_like(rows, dtype=counts.dtype))
+    return counts.index_add_(0, rows, torch.ones_like(rows))
 
 
 def perplexity(counts):
-    """exp of the entropy of the code frequencies: K if all codes are equally frequent, 1 if only
-    one is used. Only meaningful for counts over a whole data set: a batch has too few latents."""
+    """exp of the entropy of code frequencies: K (for G codebooks G K) if all are equally frequent,
+    1 if only one is used. For counts over a whole data set: a batch has too few latents."""
     return torch.special.entr(counts / counts.sum()).sum().exp()
 
 
@@ -427,8 +427,8 @@ class Categorical:
     def init_logits(self, layer):
         """Initialise a decoder's last, transposed convolution as if p(x|z) were a Gaussian.
 
-        Not in the paper. A softmax does not know that 100 lies between 99 and 101. With these
-        weights it does: the bias is a wide bell, a cosine of half a period moves it to darker or
+        Not in the paper. A softmax has no order of intensities. These weights give it
+        one: the bias is a wide bell, a cosine of half a period moves it to darker or
         brighter, one of a whole period makes it narrower or wider. All 256 logits stay free.
         """
         level = (torch.arange(256) + 0.5) / 256                        # 0 .. 1
@@ -468,7 +468,7 @@ class Logistics:
         P(k) = sigmoid(a) - sigmoid(b),  a = (k + 1/2 - m) / s,  b = (k - 1/2 - m) / s
 
     3 M outputs for the softmax's 256, and near intensities are alike from the start: far ahead
-    at equal computing time. m and s are in units of 255.
+    at equal computing time. In the code x and m are scaled to [-0.5, 0.5], and s by 1/255.
     """
 
     def __init__(self, mixtures=1):
@@ -505,7 +505,7 @@ class Logistics:
     def image(self, out):
         """The mean of p(x|z) as uint8 (B, C, H, W)."""
         weight, mean, log_s = self.mixture(out)
-        # The mean of a logistic with its tails cut off at +-1/2 is -1/2 plus the integral, from
+        # The mean of a logistic clipped to [-1/2, 1/2] is -1/2 plus the integral, from
         # -1/2 to 1/2, of P(X > t) = sigmoid((m - t) / s), which is s softplus((m - t) / s).
         s, mean = log_s.exp(), mean.clamp(-1e3, 1e3)
         mean = s * (F.softplus((mean + 0.5) / s) - F.softplus((mean - 0.5) / s))
@@ -520,9 +520,10 @@ def to_unit(x):
 # == 4. The VQ-VAE (sec. 3) ===================================================================
 
 class Output(NamedTuple):
-    """What a model returns for a batch x. -log p(x) <= nll + rate, in nats."""
+    """What a model returns for a batch x. -log p(x) <= nll + rate, in nats (Gaussian: but for the
+    constant of its nll)."""
 
-    loss: torch.Tensor   # scalar to minimise
+    loss: torch.Tensor   # scalar to minimise: per latent, per number of x or per example
     nll: torch.Tensor    # (B,)  distortion: -log p(x|z)
     rate: torch.Tensor   # (B,)  what z costs: for the VQ-VAE and the VAE the KL from the prior
     out: torch.Tensor    # (B, C * likelihood.outputs, H, W)  parameters of p(x|z)
@@ -590,16 +591,17 @@ class VQVAE(nn.Module):
 
 @torch.no_grad()
 def bits_per_dim(model, images, batch=32):
-    """An upper bound of -log2 p(x) per byte of x, over all of `images` (N, C, H, W) uint8.
+    """An upper bound of -log2 p(x) per byte of x, over all of `images` (M, C, H, W) uint8.
 
     Sec. 3.2 for the VQ-VAE: log p(x) = log sum_k p(x|z_k) p(z_k). A sum of positive terms is at
     least any one of them, so log p(x) >= log p(x|z_q(x)) p(z_q(x)). The uniform prior gives each
     of the N latents of an image 1/K, hence
         -log p(x) <= -log p(x|z_q)  [distortion]  +  N log K  [rate, the KL of sec. 3.1].
     Divided by log 2 and by the number of bytes in x: bits per dimension. The VAE's rate is the KL
-    of its Gaussians; VIMCO's bound is split in VIMCO.forward. To know nothing costs exactly 8.
+    of its Gaussians; VIMCO's bound is split in VIMCO.forward. Uniform bytes cost exactly 8.
 
-    Returns {"bits_per_dim", "rate", "distortion"}; eval mode. VAE and VIMCO draw z: seed torch.
+    Returns {"bits_per_dim", "rate", "distortion"}. Call model.eval() first: in training mode the
+    codebook would move. VAE and VIMCO draw z: seed torch.
     """
     if isinstance(model.likelihood, Gaussian):
         raise ValueError("bits per dimension need p(x|z) over bytes, Categorical() or Logistics(): "
@@ -641,8 +643,8 @@ def likelihood_gap(model, x, nearest=1, batch=64):
 # == 5. What sec. 4.1 compares with, "the same standard VAE architecture": VAE and VIMCO ======
 
 class VAE(nn.Module):
-    """Gaussian z with the reparametrisation trick (the paper's [23, 32]): `latents` numbers at each
-    position. More than it needs cost nothing: q(z|x) of the spare ones becomes the prior, KL 0."""
+    """Gaussian z with the reparametrisation trick (the paper's [23, 32]): `latents` dimensions at
+    each position. Unused ones cost nothing: their q(z|x) becomes the prior, KL 0."""
 
     def __init__(self, likelihood, latents=32, channels=3, hidden=256, res_hidden=256):
         super().__init__()
@@ -664,12 +666,12 @@ class VAE(nn.Module):
 
 
 def gaussian_kl(mean, log_var):
-    """KL(N(mean, var) || N(0, 1)) of every number, in nats."""
+    """KL(N(mean, var) || N(0, 1)) of every dimension, in nats."""
     return 0.5 * (mean.square() + log_var.exp() - 1 - log_var)
 
 
 def gaussian_log_prob(z, mean, log_var):
-    """log N(z; mean, var) of every number."""
+    """log N(z; mean, var) of every dimension."""
     return -0.5 * ((z - mean).square() * (-log_var).exp() + log_var + math.log(2 * math.pi))
 
 
@@ -690,8 +692,9 @@ class VIMCO(nn.Module):
     def __init__(self, likelihood, num_codes=512, num_codebooks=10, code_dim=32, samples=50,
                  prior="uniform", channels=3, hidden=256, res_hidden=256, chunk=10):
         super().__init__()
-        if samples < 2:
-            raise ValueError(f"samples {samples}: each is judged by the others, so at least 2")
+        if samples < 2 or prior not in ("uniform", "learned", "gaussian"):
+            raise ValueError(f"samples {samples}, prior {prior}: each sample is judged by the "
+                             "others, so at least 2; the prior is uniform, learned or gaussian")
         G, K, D = num_codebooks, num_codes, code_dim
         self.num_codes, self.num_codebooks, self.samples, self.prior = K, G, samples, prior
         self.chunk = chunk
@@ -742,8 +745,7 @@ class VIMCO(nn.Module):
         nll = torch.cat(nll)                                           # (S, B)
         log_f = log_p - nll - log_q                                    # (S, B)
         bound, surrogate = vimco(log_f, log_q)
-        # L pays for this code: draw S, keep one with probability w_s = f_s / sum f. What that one
-        # leaves to p(x|z) is the distortion; the rest of L was spent on z.
+        # -L, split with w_s = f_s / sum f: the distortion is sum_s w_s nll_s, the rate the rest.
         distortion = (log_f.softmax(0) * nll).sum(0).detach()
         codes = None if self.prior == "gaussian" else z[0]
         return Output(-surrogate.mean() / x[0].numel(), distortion, -bound.detach() - distortion,
@@ -803,7 +805,7 @@ class GlobalVQVAE(nn.Module):
     """The second stage: its data are code maps of the first, (B, h, w) int64.
 
     "We use only three latent variables (each with K=512 and their own embedding space e)":
-    quantizer has three codebooks, and they are all that the decoder is told about the map.
+    quantizer has three codebooks, and they are all that is transmitted about the map.
     decoder(codes, cond=z_q) -> logits (B, K, h, w), autoregressive: a PixelCNN, which could do
     without z. Its likelihood takes the place of the pixels' in eq. 3.
 
@@ -834,9 +836,9 @@ class GlobalVQVAE(nn.Module):
 class GlobalVAE(nn.Module):
     """The same with a Gaussian z of `latents` numbers: what "this setup typically breaks".
 
-    The bound is -log p(codes|z) + KL(q(z|codes) || p(z)). z pays for everything it tells, and a
-    PixelCNN that has seen the first few codes knows most of it for nothing: q(z|x) = p(z), KL 0
-    is cheaper, "posterior collapse". The VQ-VAE's rate is constant; silence saves nothing.
+    The bound is -log p(codes|z) + KL(q(z|codes) || p(z)). What z tells costs KL, and a PixelCNN
+    knows most of it from the codes it has seen: q(z|x) = p(z), KL 0, is cheaper, "posterior
+    collapse". The VQ-VAE's rate is constant: to ignore z would save nothing.
     """
 
     def __init__(self, latents, decoder, in_channels, field, hidden=256, res_hidden=256):
@@ -1217,7 +1219,7 @@ class Run:
         s.model.train()
         found = {f"valid_{k}": (x > 0).sum().item() if x.ndim else x.item()
                  for k, x in sums.items()}
-        if s.best is None or found["valid_loss"] < s.best["loss"]:
+        if found["valid_loss"] < (s.best["loss"] if s.best else math.inf):
             weights = {k: v.to("cpu", copy=True) for k, v in s.model.state_dict().items()}
             s.best = {"loss": found["valid_loss"], "step": s.step, "model": weights}
         return found
