@@ -636,9 +636,10 @@ def test_vimco_slices_have_vectors_of_their_own():
     assert torch.equal(model.embed(z).flatten(), torch.cat([e[1], e[4 + 1]]))
 
 
-def test_vimco_needs_two_samples():
-    with pytest.raises(ValueError, match="at least 2"):
-        draws(samples=1)
+@pytest.mark.parametrize("wrong", [{"samples": 1}, {"prior": "Gaussian"}])
+def test_vimco_refuses_one_sample_and_unknown_priors(wrong):
+    with pytest.raises(ValueError, match="at least 2; the prior is uniform, learned or gaussian"):
+        draws(**wrong)
 
 
 # -- numbers of the script ------------------------------------------------------------------------

@@ -110,6 +110,12 @@ def test_map_reaches_its_own_position():
             assert grad[0, :, i, j].any(), f"logits at {i, j} do not depend on the map at {i, j}"
 
 
+def test_guidance_with_one_condition_for_two_is_a_value_error():
+    cnn = PixelCNN(5, 8, 2, num_classes=3)
+    with pytest.raises(ValueError, match="need 2 rows"):
+        cnn.sample(1, 3, 3, labels=torch.tensor([1]), guidance=2.0)
+
+
 @pytest.mark.parametrize("made, called, word", [
     ({}, {"labels": torch.tensor([0])}, "labels"), ({"num_classes": 2}, {}, "labels"),
     ({}, {"cond": torch.zeros(1, 2, 3, 3)}, "cond"), ({"cond_channels": 2}, {}, "cond")])
