@@ -613,7 +613,7 @@ def test_bf16_latents_keep_their_dtype_and_a_float32_loss():
 @BOTH
 def test_the_loss_of_half_precision_latents_is_that_of_float32(kind):
     vq = quantizer(kind, K=64, D=8).float().eval()
-    z_e = torch.randn(4, 8, 32, 32).half()             # squares add up to more than 65,504
+    z_e = torch.randn(16, 8, 32, 32).half()            # squares add up to more than 65,504
     assert vq(z_e).loss.item() == pytest.approx(vq(z_e.float()).loss.item(), rel=1e-3), (
         "a sum in float16 overflows")
 
