@@ -14,10 +14,6 @@ the tutorial do it); `sample` computes each activation once, and draws the same 
 
 Shapes: codes (B, H, W) or (B, T) int64; K codes; C channels. In section 3 also L layers; S skip
 channels; V values of x (K for codes, 256 for speech); N frames of conditioning, which divide T.
-
-    >>> prior = PixelCNN(num_codes=512, channels=64, num_layers=15)
-    >>> prior.sample(4, 8, 8).shape
-    torch.Size([4, 8, 8])
 """
 
 import itertools
@@ -53,9 +49,8 @@ def draw(logits, noise, temperature, guidance=1.0):
 def gate(x):
     """The gated activation: channels (a, b) -> tanh(a) * sigmoid(b).
 
-    Samplers make it of one sigmoid: with s = sigmoid(2a), tanh(a) = 2s - 1, so it is
-    2 s sigmoid(b) - sigmoid(b). What makes a is doubled beforehand. (On a CPU tanh takes up to
-    three times as long.)
+    Samplers make do with sigmoids, as on a CPU tanh takes up to three times as long: with
+    s = sigmoid(2a), tanh(a) = 2s - 1. What makes a is doubled beforehand.
     """
     a, b = x.chunk(2, 1)
     return a.tanh() * b.sigmoid()

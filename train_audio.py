@@ -31,9 +31,9 @@ import torch.nn.functional as F
 
 from prior import WaveNet
 from vqvae import (Encoder, Parser, check_batch, count_codes, depth, digest, find_files, fraction,
-                   in_batches, launch, load_models, loss_per_latent, make_quantizer, mix,
-                   number, path, perplexity, pick_device, plain, positive, prepare, reading,
-                   safe_name, say, smallest_int, spread, to_unit, write_file)
+                   in_batches, launch, load_models, loss_per_latent, make_quantizer, number, path,
+                   perplexity, pick_device, plain, positive, prepare, reading, safe_name, say,
+                   smallest_int, spread, to_unit, write_file)
 
 PAPER = dict(steps=500_000, prior_steps=250_000, batch_size=16, lr=2e-4, sample_rate=16_000,
              hidden=256, channels=64, skip_channels=256, layers=30, cycle=10, past_dropout=0.0,
@@ -172,7 +172,6 @@ def encode_all(run, vqvae, data):
 def fit_prior(run, data, codes):
     """Stage two: an autoregressive p(codes), "on chunks of 40960 timesteps"."""
     args, N = run.args, run.args.clip // data.hop
-    torch.manual_seed(mix(args.seed, "prior"))         # the same start whatever was resumed
 
     def loss(net, codes, *_):
         loss = F.cross_entropy(net(codes.long()), codes.long())        # nats per code
@@ -309,7 +308,6 @@ class Judge(nn.Sequential):
 
 def fit_judge(run, data):
     args, S = run.args, len(data.speakers)
-    torch.manual_seed(mix(args.seed, "judge"))
     judge = Judge(S, max(1, len(data.phones)), data.rate)
 
     def loss(net, x, speaker, start):
@@ -359,7 +357,7 @@ def sheet(write, name, rate, rows):
     for i, row in enumerate(rows):
         for title, x in row:
             write(f"{name}_{i}_{safe_name(title)}.wav", write_wav)
-    rows, columns, n = rows[:8], len(rows[0]), min(8, len(rows))
+    rows, columns, n = rows[:8], max(map(len, rows)), min(8, len(rows))
     figure = Figure((4.5 * columns, 3 * n), layout="constrained")
     axes = figure.subplots(2 * n, columns, squeeze=False, height_ratios=[1, 2.4] * n)
     for lines, images, row in zip(axes[::2], axes[1::2], rows):
@@ -445,7 +443,7 @@ def to_levels(x):
     """A recording (T,) in [-1, 1] -> what the model works on, (T,) uint8: high frequencies raised,
     one loudness for all, mu-law. Only mu-law is in the paper. Its noise, and that of sampling, is
     heard at high frequencies, where speech is weak; `to_wave` lowers both there."""
-    y = x - EMPHASIS * F.pad(x, (1, -1))
+    y = x - EMPHASIS * F.pad(x, (1, 0))[:-1]
     power = F.pad(y, (0, -len(y) % 256)).view(-1, 256).square().mean(1)
     loud = power[power >= power.amax() / 100] if len(y) else power     # pauses do not count
     return mu_law(y * 0.12 / loud.mean().sqrt().clamp(min=1e-3))
@@ -496,6 +494,8 @@ def read_sound(path):
 
 def read_wav(data):
     """The bytes of a WAV file, PCM of any width -> (T, channels) float32 in [-1, 1], rate in Hz."""
+    if data[:4] != b"RIFF":
+        raise ValueError("no RIFF WAV file")
     at, found = 12, {}
     while b"data" not in found:                        # chunks: name, size, content
         name, size = struct.unpack_from("<4sI", data, at)
@@ -504,7 +504,7 @@ def read_wav(data):
     if tag == 0xfffe:  # "extensible", what 24-bit files usually are: the true tag comes later
         tag, = struct.unpack_from("<H", data, found[b"fmt "] + 24)
     width = frame // max(1, channels)
-    if data[:4] != b"RIFF" or tag != 1 or not 1 <= width <= 4 or width * channels != frame:
+    if tag != 1 or not 1 <= width <= 4 or width * channels != frame:
         raise ValueError(f"{channels} channels of {bits} bits, format {tag}; needs PCM, as "
                          "ffmpeg -i in.wav -c:a pcm_s16le out.wav makes it")
     # Whoever streams does not know the size when the header is written: 0 means up to the end.
@@ -575,8 +575,8 @@ class Windows(torch.utils.data.Dataset):
 def load_data(run):
     """The demo's speech or a folder's, cut into training, validation and test stretches."""
     args, hop, at = run.args, math.prod(run.args.strides), 0
-    if args.labels and not args.data:
-        raise ValueError("--labels are those of --data, and the demo has its own")
+    if args.labels and not args.data or args.to:
+        raise ValueError("--to needs --convert, --reconstruct or --sample; --labels needs --data")
     if args.crop % hop or args.clip % hop:
         raise ValueError(f"--crop and --clip must be multiples of {hop}, the product of --strides")
     levels, lengths, names, *labels = (read_folder if args.data else demo_data)(run)
@@ -666,11 +666,11 @@ def make_parser():
             ("clip", count, "samples of a test clip and of the prior's examples (paper 40,960)"),
             ("test-clips", count, "clips that are reconstructed and converted"),
             ("temperature", positive(float), "of the decoder's samples"),
-            ("demo-utterances", count, "utterances of the demo, each as long as a clip"),
+            ("demo-utterances", count, "utterances of the demo, each as long as a clip, or 1 s"),
             ("sample", count, "draw so many clips from the run in --out"),
-            ("reconstruct", path, "a recording through its codes, in the voice that fits it best"),
+            ("reconstruct", path, "a recording through its codes, in voice --to or the likeliest"),
             ("convert", path, "a recording through its codes, in the voice --to"),
-            ("to", path, "a speaker of the run in --out")):
+            ("to", path, "a speaker of the run in --out, for the three above")):
         parser.add_argument(f"--{name}", type=kind, help=text)
     return parser
 

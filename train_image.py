@@ -32,9 +32,9 @@ from torch.utils.data import Dataset, TensorDataset
 from prior import PixelCNN
 from vqvae import (VAE, VIMCO, VQVAE, Categorical, Gaussian, GlobalVAE, GlobalVQVAE, Logistics,
                    Parser, bits_per_dim, check_batch, count_codes, digest, find_files, fraction,
-                   in_batches, launch, likelihood_gap, load_models, make_quantizer, mix, perplexity,
-                   positive, prepare, reading, safe_name, say, smallest_int, spread, to_unit,
-                   write_file)
+                   in_batches, launch, likelihood_gap, load_models, make_quantizer, number,
+                   perplexity, positive, prepare, reading, safe_name, say, smallest_int, spread,
+                   to_unit, write_file)
 
 FAST = dict(data="cifar10", likelihood="logistics", num_codebooks=8, num_codes=128, code_dim=8,
             beta=2.0, samples=10, batch_size=16, lr_decay=0.5, clip_norm=1.0)
@@ -134,7 +134,6 @@ def make_prior(args, facts):
 
 def fit_prior(run, codes, data):
     """A PixelCNN on the codes, given the class if there are classes."""
-    torch.manual_seed(mix(run.args.seed, "prior"))     # the same start whatever was resumed
     prior = make_prior(run.args, data.facts)
     return fit_codes(run, "prior", prior, prior_loss, codes, run.args.prior_steps)
 
@@ -163,13 +162,13 @@ def draw_images(vqvae, prior, size, labels, seed, temperature):
 
 
 def sample_images(run, model, prior, data):
-    """Some 200 labels (N,) that cover all classes (or the first 1,000), and images drawn given
-    them; samples.png shows eight rows."""
+    """About 200 labels (N,) of all classes (at most 1,000; 64 without classes), and images drawn
+    given them; samples.png shows eight rows."""
     classes = len(data.classes) or 8                   # without classes: eight columns to look at
     labels = torch.arange(min(classes, 1000)).repeat(max(1, 200 // classes) if data.classes else 8)
     run.say(f"drawing {len(labels)} samples from the prior")
     images = draw_images(model, prior, data.facts["size"], labels[:2] if run.rehearsing else labels,
-                         run.args.seed, run.args.temperature)
+                         run.args.seed, run.args.temperature or 1.0)
     images = images[torch.arange(len(labels)) % len(images)]           # a rehearsal repeats two
     columns = min(classes, 10)
     run.picture("samples", images[:8 * columns].unflatten(0, (8, columns)), "samples: codes from "
@@ -189,7 +188,6 @@ def second_stage(run, model, codes, data):
     latents = Codes(*(TensorDataset(in_batches(         # (N, 3, 1, 1)
         lambda c: vqvae.encode(lookup(c)), run.device, 128, part.tensors[0])) for part in codes))
     # So that images come from nothing: p(k_1) p(k_2|k_1) p(k_3|k_1,k_2), a 1 x 1 grid.
-    torch.manual_seed(mix(args.seed, "prior of three"))
     prior = PixelCNN(args.num_codes, args.prior_channels, 1, num_codebooks=LATENTS)
     fit_codes(run, "second-prior", prior, prior_loss, latents, args.second_steps)
     # One z of each test map for its decoder, (N, 3 * D, 1, 1); that of the VAE is drawn.
@@ -215,7 +213,6 @@ def fit_second(run, codes, lookup):
     """The second VQ-VAE; a VAE with as many dimensions and the very same decoder; and that PixelCNN
     alone. As many steps for each of the three."""
     args, latent, grid = run.args, LATENTS * run.args.code_dim, codes.train.tensors[0].shape[-2:]
-    torch.manual_seed(mix(args.seed, "second stage"))  # the same start whatever was resumed
 
     def pixelcnn(cond_channels=0):
         return PixelCNN(args.num_codes, args.prior_channels, PixelCNN.layers_for(*grid),
@@ -269,13 +266,13 @@ def draw_figure_5(run, model, vqvae, vae, prior, data, z, z_vae):
 
 # -- Measurements and pictures ------------------------------------------------------------------
 
-def measure(run, model, data, batch=128):
+def measure(run, model, data):
     """Reconstruction error and, of a p(x|z) over bytes, bits/dim under the uniform prior, over all
     test and all validation images; reconstructions.png."""
     metrics = {}
     for prefix, part in (("", data.test), ("valid_", data.valid)):
         torch.manual_seed(run.args.seed)               # VAE and VIMCO draw z
-        for x in part.batches(run.device, batch):
+        for x in part.batches(run.device):
             found = {"mse": ((model.reconstruct(x).float() - x) ** 2).mean().item()}
             if not isinstance(model.likelihood, Gaussian):
                 found |= bits_per_dim(model, x)
@@ -300,7 +297,7 @@ def code_usage(run, codes, images):
     # Over all G * K rows the entropy is log G more than the mean of the G codebooks'.
     return {"codes_used": counts.count_nonzero().item(), "num_codes": G * K,
             "perplexity": perplexity(counts).item() / G,
-            "compression": images.array[0].numel() * 8 / (codes[0].numel() * math.log2(K))}
+            "compression": images.array[0].numel() * 8 / (codes[0].numel() * math.log2(max(2, K)))}
 
 
 def measure_prior(run, prior, codes, data, metrics):
@@ -338,7 +335,6 @@ def judge_samples(run, samples, labels, data):
     def accuracy(images, labels):
         return sum(loss(classifier, x, y.to(run.device))[1]["accuracy"].item() * len(y)
                    for x, y in zip(images, labels.split(128))) / len(labels)
-    torch.manual_seed(mix(run.args.seed, "classifier"))
     blocks = [nn.Sequential(nn.Conv2d(c_in, c_out, 3, 2, 1), nn.GroupNorm(8, c_out), nn.ReLU())
               for c_in, c_out in ((samples.shape[1], 32), (32, 64), (64, 64))]
     classifier = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(4), nn.Flatten(),
@@ -346,7 +342,7 @@ def judge_samples(run, samples, labels, data):
     run.fit("classifier", classifier, loss, data.train, min(800, run.args.steps),
             run.args.batch_size, 2e-3, data.valid)
     return {"sample_class_accuracy": accuracy(samples.to(run.device).split(128), labels),
-            "real_class_accuracy": accuracy(data.test.batches(run.device), *data.test.labels)}
+            "real_class_accuracy": accuracy(data.test.batches(run.device, 128), *data.test.labels)}
 
 
 # -- Using a finished run -----------------------------------------------------------------------
@@ -386,7 +382,8 @@ def use(args):
     from PIL import Image
     run, folder, images = load(args.out, args.device), Path(args.out) / "used", {}
     if args.sample:
-        samples = run.sample(args.sample, args.label, args.temperature, args.seed)
+        samples = run.sample(args.sample, args.label,
+                             args.temperature or run.args.temperature or 1.0, args.seed)
         images = {f"sample-{i:04}": x for i, x in enumerate(samples)}
     for i, file in enumerate(args.reconstruct or ()):
         x = run.read(file).to(run.vqvae.quantizer.codebook.device)
@@ -423,15 +420,15 @@ class Images(Dataset):
         x = self.array[self.rows[index]].permute(0, 3, 1, 2)           # channels_last
         return x, *(y[index] for y in self.labels)
 
-    def batches(self, device, size=128):
-        """All images in their order, piece by piece on the device."""
+    def batches(self, device, size=None):
+        """All images in their order, piece by piece on the device: of large ones a few."""
+        size = size or min(128, 1 + 2 ** 22 // self.array[0].numel())
         for index in torch.arange(len(self)).split(size):
             yield self[index][0].to(device)
 
 
 class Data:
-    """Images (M, H, W, C) as bytes; part (M,): 0 for training, 1 for validation, 2 for test; labels
-    (M,), numbers of classes."""
+    """Images (M, H, W, C), bytes; part (M,), 0 training, 1 validation, 2 test; labels (M,)."""
 
     def __init__(self, array, part, labels=None, classes=()):
         self.array, self.part = torch.as_tensor(array), torch.as_tensor(part)
@@ -458,6 +455,8 @@ class Data:
 def load_data(run):
     """--data: nothing, "cifar10", a folder of images, or a file of arrays."""
     args = run.args
+    if args.label:
+        raise ValueError("--label needs --sample")
     if args.second_stage and args.model != "vqvae":
         raise ValueError(f"--second-stage works on the codes of a VQ-VAE; --model {args.model}")
     if args.data is None:
@@ -485,16 +484,15 @@ def load_data(run):
 
 def cut(path, groups, part):
     """Which part each example belongs to. What `part` lacks is cut from the training part: every
-    tenth group (some 5,000 at most for validation). Examples of one group, such as the frames of a
-    clip, stay together."""
+    tenth group (some 5,000 at most for validation). A group, such as a clip, stays together."""
     part = np.array(part)
     for missing in (2, 1):
         train = part == 0
         number = np.unique(groups[train], return_inverse=True)[1]      # 0, 1, 2, .. in their order
         count = number.max(initial=-1) + 1
         if count < (2 if (part == 2).any() else 10):
-            raise ValueError(f"{path}: {len(part)} images, {sum(~train)} held out, {count} left; "
-                             "needs at least ten, or two and a test part")
+            raise ValueError(f"{path}: {len(part)} images, {sum(~train)} held out; {count} images, "
+                             "clips or folders of frames left; needs ten, or two and a test part")
         if not (part == missing).any():
             every = min(count, max(10, count // 5000)) if missing == 1 else 10
             chosen = number % every == (every // 2 if missing == 1 else 9)
@@ -517,7 +515,7 @@ def load_folder(run, path):
             raise ValueError(f"{stray[0]}: in none of the folders {', '.join(list(known)[:9])}")
         return [known[name] for name in names]
     parts = [0] * len(files)
-    if any(PARTS.get(folder[0].lower()) == 0 for folder in folders):
+    if any(folder[0].lower() in PARTS for folder in folders):
         parts = look_up(PARTS, [folder[0].lower() for folder in folders])
         folders = [folder[1:] or [""] for folder in folders]
     classes = sorted({folder[0] for folder, part in zip(folders, parts) if part == 0} - {""})
@@ -527,7 +525,7 @@ def load_folder(run, path):
               for file, folder in zip(paths, folders)]
     part = cut(path, np.array(groups), parts)
     shape = read_image(paths[0], size).shape
-    images, _ = prepare(run, f"--data {os.path.abspath(path)}", f"{size} {files}",
+    images, _ = prepare(run, f"--data {os.path.abspath(path)}", f"upright {size} {files}",
                         partial(read_alike, size, shape), paths, shape)
     return Data(images, part, labels, classes)
 
@@ -549,8 +547,12 @@ def read_image(file, size=None, mode="RGB"):
             raise ValueError("more than 8 bits per pixel: convert it to 8 bits")
         if size:
             image.draft(mode, size[::-1])              # a JPEG is scaled while it is decoded
-            return np.array(ImageOps.fit(image.convert(mode), size[::-1], Image.Resampling.BICUBIC))
-        return np.array(image.convert(mode))
+        image = ImageOps.exif_transpose(image)         # the side up that the camera had
+        if "A" in image.getbands() or "transparency" in image.info:
+            image = image.convert("RGBA")              # on white
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image.convert(mode)
+        return np.array(ImageOps.fit(image, size[::-1], Image.BICUBIC) if size else image)
 
 
 def load_file(path):
@@ -631,10 +633,11 @@ def make_parser():
     flag("--prior-lr", type=fraction, help="Adam's learning rate for the prior")
     flag("--second-stage", action="store_true", help="an image in three codes (sec. 4.2, figure 5)")
     flag("--second-steps", type=positive(int), default=1000, help="steps of each of its models")
-    flag("--size", type=positive(int), help="crop and scale images in folders to SIZE x SIZE")
+    flag("--size", type=number(int, "multiple of 4", lambda n: n > 0 == n % STRIDE),
+         help="side of the demo's images (32); those in folders are cropped and scaled to it")
     flag("--demo-images", type=positive(int), default=16000, help="training images of the demo")
     flag("--data-dir", default="data", help="where --data cifar10 lies, or is downloaded to")
-    flag("--temperature", type=positive(float), default=1.0, help="of samples: below 1 less varied")
+    flag("--temperature", type=positive(float), help="of samples (1): below 1 less varied")
     flag("--sample", type=positive(int), metavar="N", help="draw N images from the run in --out")
     flag("--label", metavar="CLASS", help="with --sample: the class (default: all in turn)")
     flag("--reconstruct", nargs="+", metavar="FILE", help="images through the codes of that run")

@@ -3,13 +3,13 @@
     python train_video.py                          demo world, no download, no GPU: minutes
     python train_video.py --play                   walk through what it has learned: arrow keys
     python train_video.py --play left,left,forward               the same walk as a GIF
-    python train_video.py --no-actions             a prior that is not conditioned on actions
-    python train_video.py --data clips.npz --preset paper        your own clips, on a GPU
+    python train_video.py --data clips.npz --preset clips        first-person clips, on a laptop
+    python train_video.py --data clips.npz --preset paper        the paper's sizes, on a GPU
     python train_video.py --resume                 resume runs/video where it stopped
 
 A roll-out gets 6 frames and generates 10 "purely in the latent space"; the decoder makes pictures
 of them at the end. --out (runs/video) receives rollout.png (the paper's fig. 7), rollout.gif,
-rollout_long.png, metrics.json and checkpoints. What --data takes says .github/DATA.md.
+rollout_long.png, metrics.json and checkpoints. For --data see .github/DATA.md.
 """
 
 import itertools
@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from prior import VideoPrior
 from vqvae import (VQVAE, Gaussian, Parser, check_batch, count_codes, depth, digest, fraction,
                    in_batches, launch, load_models, make_quantizer, mix, perplexity, positive,
-                   reading, say, smallest_int, to_unit, write_file)
+                   reading, say, smallest_int, spread, to_unit, write_file)
 
 GIVEN, GENERATED = 6, 10          # frames of a roll-out, as in fig. 7
 FACTOR = 4                        # pixels per code, each way
@@ -35,6 +35,10 @@ PRESETS = {
     "demo": dict(steps=1100, prior_steps=4600, batch_size=32, prior_batch_size=48, lr=1e-3,
                  prior_lr=3e-3, lr_decay=0.5, codebook="ema", num_codes=128, code_dim=32, hidden=48,
                  res_hidden=32, prior_channels=32, prior_layers=2, temperature=0.7),
+    # Walks of 84 x 84 x 3 -> 21 x 21 codes: an hour or two of one core.
+    "clips": dict(steps=1200, prior_steps=9000, batch_size=16, prior_batch_size=16, lr=1e-3,
+                  prior_lr=2e-3, lr_decay=0.5, codebook="ema", num_codes=128, code_dim=64,
+                  hidden=64, res_hidden=32, prior_channels=48, prior_layers=4),
     # DeepMind Lab, 84 x 84 x 3 -> 21 x 21, K = 512; rate and steps are those of CIFAR-10.
     "paper": dict(steps=250_000, prior_steps=250_000, batch_size=128, prior_batch_size=128, lr=2e-4,
                   prior_lr=2e-4, num_codes=512, code_dim=64, hidden=128, res_hidden=32,
@@ -58,7 +62,6 @@ def main(run, data):
         train, args.prior_steps, args.prior_batch_size, args.prior_lr, valid)
 
     train, valid = data.stretches(2)                   # of measurements, no part of the model
-    torch.manual_seed(mix(args.seed, "judge"))
     judge = run.fit("judge", make_judge(len(model.names)), judge_loss, train,
                     min(args.steps, 5000), args.batch_size, args.lr, valid)
     if run.rank == 0:
@@ -76,11 +79,11 @@ class Model(namedtuple("Model", "vqvae prior names args")):
     def device(self):
         return next(self.vqvae.parameters()).device
 
-    def encode(self, frames, size=8):
+    def encode(self, frames, size=128):
         """Frames (N, T, 3, H, W) uint8 -> codes (N, T, h, w), on the CPU, in the smallest dtype."""
         dtype = smallest_int(self.args.num_codes + 1)  # K stands for "no frame"
-        return torch.cat([self.vqvae.encode(x.flatten(0, 1).to(self.device)).to("cpu", dtype)
-                          for x in frames.split(size)]).unflatten(0, frames.shape[:2])
+        return in_batches(lambda x: self.vqvae.encode(x).to(dtype), self.device, size,
+                          frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
 
     def decode(self, codes, size=128):
         """The way back: codes (N, T, h, w) -> frames (N, T, 3, H, W) uint8, on the CPU."""
@@ -90,7 +93,7 @@ class Model(namedtuple("Model", "vqvae prior names args")):
     def imagine(self, frames, actions, temperature=None, seed=0):
         """Frames (N, T, 3, H, W) uint8, T >= 1, and what follows if actions (N, n) int64 are taken
         next: (N, T + n, 3, H, W). All codes come first, "purely in the latent space"; pictures
-        are made of them after that. A model without actions asks `actions` for n alone."""
+        are made of them after that. Without actions in the model only n is taken from `actions`."""
         generator = torch.Generator(self.device).manual_seed(seed)
         codes = self.continued(self.encode(frames), actions, temperature, generator)
         return torch.cat([frames, self.decode(codes)], 1)
@@ -101,7 +104,7 @@ class Model(namedtuple("Model", "vqvae prior names args")):
         return self.prior.sample(
             codes.to(self.device).long(), plan.to(self.device) if self.prior.num_actions else None,
             actions.shape[1], temperature or self.args.temperature or 1.0, generator,
-            self.args.guidance)
+            self.args.guidance if self.prior.num_actions else 1.0)
 
 
 def make_model(args, facts):
@@ -132,8 +135,7 @@ def prior_loss(net, z, action, hidden=0.0):
 
 def make_judge(num_actions):
     """Inverse dynamics: which action leads from a frame to the next? (B, 2, 3, H, W) in [-0.5, 0.5]
-    -> logits (B, actions). Asked about imagined frames: two futures may both be right, but a left
-    turn must look like one."""
+    -> logits (B, actions). Of two futures both may be right, but a left turn must look like one."""
     layers = [nn.Flatten(1, 2)]
     for i, o in ((6, 32), (32, 64), (64, 64)):
         layers += [nn.Conv2d(i, o, 5, 2, 2), nn.GroupNorm(1, o), nn.ReLU()]
@@ -171,9 +173,8 @@ def roll_outs(run, model, clips):
     frames, actions = (x[:100, :T // length * length].unflatten(1, (-1, length)).flatten(0, 1)[:100]
                        for x in (clips.frames, F.pad(clips.actions, (0, 1))))
     given, taken = frames[:, :GIVEN], actions[:, GIVEN - 1:-1]
-    plans = {"recorded actions": taken} | {
-        f"only {name}": torch.full_like(taken, k)
-        for k, name in enumerate(model.names[:min(4, model.prior.num_actions)])}
+    plans = {"recorded actions": taken} | {f"only {name}": torch.full_like(taken, k) for k, name in
+                                           enumerate(model.names[:min(4, model.prior.num_actions)])}
     return [RollOut(name, plan, model.imagine(given, plan, seed=run.args.seed),
                     frames if plan is taken else clips.truth(plan)) for name, plan in plans.items()]
 
@@ -181,7 +182,7 @@ def roll_outs(run, model, clips):
 def measure_codes(model, clips, codes):
     counts = count_codes(codes.long(), model.args.num_codes)
     bits = codes[0, 0].numel() * math.log2(max(2, len(counts)))        # of a frame
-    bits_of = {"": clips.actions, "_shuffled_actions": clips.actions.roll(1, 0),
+    bits_of = {"": clips.actions, "_shuffled_actions": clips.actions.roll((1, 1), (0, 1)),
                "_unknown_actions": torch.full_like(clips.actions, -1)}
     return {"codes_used": (counts > 0).sum().item(), "num_codes": len(counts),
             "perplexity": perplexity(counts).item(),
@@ -190,14 +191,13 @@ def measure_codes(model, clips, codes):
         for name, actions in bits_of.items() if model.prior.num_actions or not name}
 
 
-def bits_per_code(prior, codes, actions, size=4):
+def bits_per_code(prior, codes, actions, size=100):
     """-log2 p(z_t | z_<t, a_<t) of the frames after the first GIVEN."""
-    device, nats = next(prior.parameters()).device, 0
-    for z, a in zip(codes.split(size), actions.split(size)):
-        z = z.to(device).long()
-        logits = prior(z, a.to(device) if prior.num_actions else None, last=z.shape[1] - GIVEN)
-        nats += F.cross_entropy(logits, z[:, GIVEN:], reduction="sum").item()
-    return nats / codes[:, GIVEN:].numel() / math.log(2)
+    data, nats, device = Stretches(codes, actions, GIVEN + 1), 0, next(prior.parameters()).device
+    for index in torch.arange(len(data)).split(size):
+        z, action = (x.to(device) for x in data[index])
+        nats += len(z) * prior_loss(prior, z, action if prior.num_actions else None)[0].item()
+    return nats / len(data) / math.log(2)
 
 
 def measure_films(model, judge, rows):
@@ -302,6 +302,9 @@ def load(folder="runs/video", device="auto"):
 def use(args):
     """--play: a list of actions, or a window with arrow keys; then the walk as a GIF."""
     model = load(args.out, args.device)
+    model.args.data = args.data or model.args.data     # it may have moved
+    if not model.prior.num_actions:
+        raise ValueError(f"--play: the run in {args.out} was trained without actions")
     play = Play(model, load_parts(model.args, ["test"])[0]["test"], args.temperature)
     for word in args.play.split(",") if args.play else []:
         if word.strip() not in play.words:
@@ -420,9 +423,10 @@ def load_data(run):
     parts, names = load_parts(run.args)
     x, batch_size = parts["train"].frames, max(run.args.batch_size, run.args.prior_batch_size)
     check_batch(len(x) * (x.shape[1] - 1), batch_size, "frames", "--batch-size, --prior-batch-size")
-    some = to_unit(x[torch.linspace(0, len(x) - 1, 200).long(), ::4])  # variance: eq. 3, term 1
+    frames = x.flatten(0, 1)
+    some = to_unit(frames[spread(len(frames), 1000)])  # variance: eq. 3, term 1
     return Data(parts, {"actions": names, "size": list(x.shape[-2:]),
-                        "digest": digest(x, parts["train"].actions),
+                        "digest": digest(frames, parts["train"].actions),
                         "variance": max(some.var().item(), 1 / 255 ** 2)})
 
 

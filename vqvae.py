@@ -22,11 +22,6 @@ The paper's symbols, used in every file:
 
 Sections 1 to 6 need torch and nothing else. Section 1 stands alone: copy it, and the imports
 of math, NamedTuple and torch.
-
-    >>> vq = VectorQuantizerEMA(num_codes=512, code_dim=64)
-    >>> q = vq(torch.randn(8, 64, 32, 32))
-    >>> q.z_q.shape, q.codes.shape, q.loss.shape
-    (torch.Size([8, 64, 32, 32]), torch.Size([8, 32, 32]), torch.Size([]))
 """
 
 import argparse
@@ -172,8 +167,7 @@ class VectorQuantizer(nn.Module):
         next one with a probability proportional to its squared distance from the nearest one
         chosen before (Arthur and Vassilvitskii, 2007).
 
-        Uniform picks would crowd where most latents are (the sky, a wall), with few left for the
-        rest.
+        Uniform picks would crowd where most latents are (the sky, a wall).
         """
         _, world = processes()
         if world > 1:                                  # from the joint batch of all processes
@@ -520,8 +514,7 @@ def to_unit(x):
 # == 4. The VQ-VAE (sec. 3) ===================================================================
 
 class Output(NamedTuple):
-    """What a model returns for a batch x. -log p(x) <= nll + rate, in nats (Gaussian: but for the
-    constant of its nll)."""
+    """What a model returns. -log p(x) <= nll + rate, in nats (Gaussian: but for a constant)."""
 
     loss: torch.Tensor   # scalar to minimise: per latent, per number of x or per example
     nll: torch.Tensor    # (B,)  distortion: -log p(x|z)
@@ -774,8 +767,7 @@ def vimco(log_f, log_q):
     grad E[L] = E[ sum_s L grad log q(z_s|x) + grad L ], the last with every z_s held fixed. The
     first part is REINFORCE: every sample gets the same reward L. VIMCO gives sample s what it
     alone has brought, L - L_-s, where L_-s is L with f_s replaced by the geometric mean of the
-    others. It does not depend on z_s, so E[L_-s grad log q(z_s|x)] = 0: the mean stays, the
-    variance falls.
+    others: independent of z_s, so E[L_-s grad log q(z_s|x)] = 0, and only the variance falls.
     """
     S = len(log_f)
     bound = log_f.logsumexp(0) - math.log(S)
@@ -796,9 +788,8 @@ class GlobalEncoder(nn.Sequential):
     def __init__(self, in_channels, field, hidden, res_hidden, out_channels):
         halvings = max(0, min(field).bit_length() - 3)
         left = [side >> halvings for side in field]    # 21 -> 10 -> 5
-        super().__init__(
-            Encoder(in_channels, hidden, res_hidden, hidden, (1,) + (2,) * halvings),
-            nn.ReLU(inplace=True), nn.Conv2d(hidden, out_channels, left))
+        super().__init__(Encoder(in_channels, hidden, res_hidden, hidden, (1,) + (2,) * halvings),
+                         nn.ReLU(inplace=True), nn.Conv2d(hidden, out_channels, left))
 
 
 class GlobalVQVAE(nn.Module):
@@ -922,8 +913,7 @@ def reading(path):
 
 class Parser(argparse.ArgumentParser):
     """argparse with the flags that all scripts have, and its errors in one line. uses: flags that
-    work on a finished run. free: those that may change with --resume, as they shape neither data
-    nor models."""
+    work on a finished run. free: may change with --resume, as they shape no data and no model."""
 
     uses = ()
     free = {"out", "data", "device", "precision", "resume", "steps", "prior_steps", "batch_size",
@@ -1111,6 +1101,7 @@ class Run:
                     raise KeyboardInterrupt if self.rehearsing else SystemExit(130)
         if s.best and self.args.keep == "best":
             model.load_state_dict(s.best["model"])
+        torch.manual_seed(mix(self.args.seed, stage))  # so starts the next one, after any resume
         return model.eval().requires_grad_(False)
 
     def restore(self, stage, model, loss, steps, lr):
