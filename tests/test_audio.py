@@ -1,5 +1,6 @@
 """train_audio.py: waveforms in and out, the demo's speech, and the script as a user runs it."""
 
+import io
 import json
 import math
 import os
@@ -184,6 +185,16 @@ def test_sheet_writes_sounds_that_are_read_back_and_a_picture(tmp_path):
 
 
 # -- the demo's speech ----------------------------------------------------------------------------
+
+
+def test_a_sheet_has_as_many_columns_as_its_longest_row(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+    drawn, plot = [], Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda *args, **kw: drawn.append(1) or plot(*args, **kw))
+    one, x = ("from nothing", torch.zeros(800)), torch.zeros(800)
+    audio.sheet(lambda name, write: write(io.BytesIO()), "new", 8000,
+                [[one], [("original", x), ("decoded", x)]])
+    assert len(drawn) == 3, "what is decoded is missing beside its original"
 
 
 def test_demo_speech_is_deterministic_and_says_what_it_claims():
@@ -566,6 +577,7 @@ def test_odd_but_good_recordings_just_work(tmp_path, call):
     data, far = speakers(tmp_path / "data", files=12, names=("$a_1$",)), tmp_path / "far"
     save(data / "bob/long.wav", 3 * np.sin(np.arange(80_000) / 9), 16_000, 3, 2)   # clipped
     save(data / f"{'c' * 130}/silence.wav", np.zeros(20_000), width=1)
+    save(data / "bob/empty.wav", np.zeros(0))
     latin = Path(os.fsdecode(bytes(data) + b"/caf\xe9"))
     speakers(far, files=12, names=("x",))
     latin.symlink_to(far / "x")                        # a link, its name not in UTF-8
@@ -579,8 +591,8 @@ def test_odd_but_good_recordings_just_work(tmp_path, call):
         lab.parent.mkdir(parents=True)
         lab.write_text(text, encoding="utf-8")
     text, metrics = call("--data", data, "--labels", tmp_path / "lab", "--test-clips", "40")
-    assert "26 recordings of 4 speakers" in text
-    assert "24 of 26 recordings have no labels" in text
+    assert "27 recordings of 4 speakers" in text
+    assert "25 of 27 recordings have no labels" in text
     assert metrics["bits_per_sample"] > 0 and metrics["phone_baseline"] >= 0
     facts = torch.load(tmp_path / "out/checkpoint.pt", weights_only=True)["facts"]
     assert facts["speakers"] == ["$a_1$", "bob", latin.name, "c" * 130]
@@ -628,6 +640,9 @@ def make(folder, kind):
     if kind == "torn":
         bad.write_bytes(b"RIFF????WAVE")
         return folder, str(bad)
+    if kind == "mp3":
+        bad.write_bytes(b"ID3\3" + bytes(range(256)))
+        return folder, "no RIFF WAV file"
     if kind == "link":                                 # that leads nowhere
         bad.symlink_to(folder / "nowhere")
         return folder, str(bad)
@@ -638,7 +653,7 @@ def make(folder, kind):
     return folder, "speaker carl: 0.1 s"
 
 
-@pytest.mark.parametrize("kind", ["missing", "empty", "flac", "torn", "link", "float", "fast",
+@pytest.mark.parametrize("kind", ["missing", "empty", "flac", "torn", "mp3", "link", "float", "fast",
                                   "slow", "channels", "loose", "short"])
 def test_bad_data_gets_one_line(tmp_path, refused, kind, monkeypatch):
     monkeypatch.setitem(sys.modules, "soundfile", None)                # as if not installed
@@ -700,7 +715,8 @@ def test_bad_labels_get_one_line(tmp_path, refused, text, wanted):
                                            (("--demo-utterances", "3"), "speaker soprano: 0.0 s"),
                                            (("--batch-size", "5000"), "--batch-size"),
                                            (("--layers", "1000000000"), "--layers"),
-                                           (("--labels", "lab"), "--data")])
+                                           (("--labels", "lab"), "--data"),
+                                           (("--to", "alto"), "--to needs")])
 def test_bad_flags_get_one_line(refused, flags, wanted):
     assert wanted in refused(*flags)
 

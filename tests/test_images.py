@@ -8,6 +8,7 @@ import shutil
 import sys
 import tracemalloc
 import zipfile
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -288,6 +289,23 @@ def test_every_kind_of_image_becomes_rgb(tmp_path, mode):
     assert (pixels(load(tmp_path / "d").train) == 90).all()
 
 
+@pytest.mark.parametrize("size", [None, (8, 8)])
+def test_a_photo_is_turned_as_the_camera_was_held(tmp_path, size):
+    image = Image.fromarray(np.uint8([[255] * 8] * 4 + [[0] * 8] * 4))  # light above
+    exif = image.getexif()
+    exif[0x112] = 6                                    # a quarter clockwise to be upright
+    image.save(tmp_path / "a.jpg", exif=exif)
+    x = train_image.read_image(tmp_path / "a.jpg", size, "L").astype(int)
+    assert x[:, 5:].min() > 200 and x[:, :3].max() < 50, "its light side belongs on the right"
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_transparent_is_white_and_not_what_it_hides(tmp_path, mode):
+    image = Image.new("RGBA", (8, 8), (200, 30, 90, 0)).convert(mode)
+    image.save(tmp_path / "a.png", **({"transparency": 0} if mode == "P" else {}))
+    assert (train_image.read_image(tmp_path / "a.png") == 255).all()
+
+
 @pytest.mark.parametrize("kind", [np.uint16, np.int32, np.float32])
 def test_more_than_8_bits_a_pixel_are_refused_and_not_cut_off(tmp_path, kind):
     Image.fromarray(np.linspace(0, 1, 64).reshape(8, 8).astype(kind)).save(tmp_path / "a.tif")
@@ -408,6 +426,9 @@ BAD = {
     "beside the parts": (pictures(lambda d: (write_images(d / "train", noise(4, 8, 8, 3)),
                                              write_images(d / "extra", noise(4, 8, 8, 3))), 0),
                          ["extra", "000.png", "train"]),
+    "test without train": (pictures(lambda d: (write_images(d / "test", noise(12, 8, 8, 3)),
+                                               write_images(d / "val", noise(12, 8, 8, 3))), 0),
+                           ["24 held out"]),
     "split of bytes": (array("a.npz", images=FINE, split=np.array([b"\xe9"] * 20)), ["split"]),
     "split of numbers": (array("a.npz", images=FINE, split=np.arange(20)), ["split", "train"]),
     "no path": (lambda folder: "", ["--data"]),
@@ -473,7 +494,11 @@ def test_size_for_an_array_is_refused_unless_it_has_it(main, capsys, tmp_path):
 
 def test_size_of_the_demo_that_the_strides_do_not_divide(main, capsys):
     line = stopped(capsys, main, "--size", "18")
-    assert "18 x 18" in line and "4" in line
+    assert "--size" in line and "multiple of 4" in line and "18" in line
+
+
+def test_label_without_sample_starts_no_training(main, capsys):
+    assert "--label needs --sample" in stopped(capsys, main, "--label", "cone")
 
 
 @pytest.mark.parametrize("flags", [["--num-codes", "0"], ["--beta", "-1"],
@@ -516,13 +541,22 @@ def test_every_image_is_encoded_once_and_keeps_its_label(small):
         assert part.tensors[0].dtype == torch.uint8, "K = 16: eight times less than int64"
 
 
-def test_mse_and_psnr_are_over_the_whole_test_set(small):
+def test_mse_and_psnr_are_over_the_whole_test_set(small, monkeypatch):
     model, part, codes = small
+    monkeypatch.setattr(part, "batches", partial(part.batches, size=3))
     decoded = np.concatenate([model.decode(c[None]).numpy() for c in codes]).astype(float)
     mse = ((decoded - pixels(part).transpose(0, 3, 1, 2)) ** 2).mean()
-    got = measure(fake_run(), model, SimpleNamespace(test=part, valid=part), batch=3)
+    got = measure(fake_run(), model, SimpleNamespace(test=part, valid=part))
     assert got["mse"] == pytest.approx(mse), "7 images in batches of 3: the last one counts too"
     assert got["psnr"] == pytest.approx(10 * math.log10(255 ** 2 / mse))
+
+
+@pytest.mark.parametrize("side, most", [(32, 128), (256, 22), (1024, 2)])
+def test_large_images_come_in_small_batches(side, most):
+    images = train_image.Images(torch.zeros(1, side, side, 3, dtype=torch.uint8).expand(
+        300, -1, -1, -1), torch.arange(300))
+    x = next(images.batches("cpu"))
+    assert len(x) == most, "what fits in memory with 32 x 32 pixels need not fit with 1024 x 1024"
 
 
 def test_code_usage_is_over_the_whole_test_set(small):
@@ -814,6 +848,19 @@ def test_sample_writes_as_many_pictures_as_asked_for_and_trains_nothing(demo, mo
         "sample-0000.png", "sample-0001.png", "sample-0002.png"]
     assert Image.open(demo / "used" / "sample-0000.png").size == (16, 16)
     assert (demo / "checkpoint-prior.pt").read_bytes() == before
+
+
+def test_use_takes_the_temperature_of_the_run_unless_it_is_given(demo, monkeypatch, tmp_path):
+    shutil.copytree(demo, tmp_path / "run")
+    common = torch.load(demo / "checkpoint.pt", weights_only=True)
+    common["args"]["temperature"] = 0.3
+    torch.save(common, tmp_path / "run" / "checkpoint.pt")
+    used, sample = [], train_image.Trained.sample
+    monkeypatch.setattr(train_image.Trained, "sample", lambda run, count, label, temperature, seed: (
+        used.append(temperature) or sample(run, count, label, temperature, seed)))
+    for flags in ((), ("--temperature", "0.6")):
+        start(monkeypatch, "--out", tmp_path / "run", "--sample", "1", *flags)
+    assert used == [0.3, 0.6]
 
 
 def test_a_full_disk_in_use_is_one_line_and_leaves_no_torn_picture(demo, monkeypatch, capsys):

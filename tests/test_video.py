@@ -26,8 +26,8 @@ from naive import sample_video
 from prior import VideoPrior, draw, gumbel
 from train_video import (ACTIONS, GENERATED, GIVEN, Clips, Play, RollOut, Stretches, World,
                          action_accuracy, bits_per_code, demo_clips, demo_part, is_moving,
-                         judge_accuracy, judge_loss, load, load_parts, make_judge, measure_films,
-                         read_arrays, roll_outs)
+                         judge_accuracy, judge_loss, load, load_parts, make_judge, measure_codes,
+                         measure_films, read_arrays, roll_outs)
 from vqvae import launch, to_unit
 
 FORWARD, LEFT, RIGHT = range(3)
@@ -727,8 +727,8 @@ def test_demo_from_nothing_to_roll_outs(demo):
 def test_with_guidance_1_no_action_is_hidden(script, tmp_path, monkeypatch, guidance, hidden):
     loss, seen = train_video.prior_loss, set()
 
-    def spy(net, z, action, share):
-        seen.add(share)
+    def spy(net, z, action, share=0.0):
+        seen.update([share] * net.training)
         return loss(net, z, action, share)
     monkeypatch.setattr(train_video, "prior_loss", spy)
     data = save(tmp_path / "clips.npz", *clips(20))
@@ -762,6 +762,33 @@ def test_no_actions_one_code_and_black_first_frames_are_no_obstacle(script, tmp_
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert "bits_per_code_shuffled_actions" not in metrics
     assert metrics["bits_per_code"] == pytest.approx(0, abs=1e-6)
+    status, _, error = script("--play", "left", "--out", tmp_path / "out")
+    assert status == 2 and "without actions" in error
+
+
+def test_one_test_clip_still_has_other_actions(model):
+    codes = torch.randint(model.args.num_codes, (1, GIVEN + 4, 6, 12))
+    found = measure_codes(model, Clips(torch.zeros(1, GIVEN + 4, 3, 24, 48, dtype=torch.uint8),
+                                       torch.arange(GIVEN + 3)[None] % 3), codes)
+    assert found["bits_per_code_shuffled_actions"] != found["bits_per_code"], (
+        "its own actions in their place: the number would say that actions do not count")
+
+
+def test_a_walk_whose_data_has_moved_is_played(script, tmp_path):
+    data = save(tmp_path / "clips.npz", *clips(20))
+    assert script(*TINY, "--data", data, "--out", tmp_path / "out")[0] == 0
+    moved = os.rename(data, tmp_path / "moved.npz") or tmp_path / "moved.npz"
+    assert script("--play", "0", "--out", tmp_path / "out")[0] == 2
+    status, _, error = script("--play", "0", "--out", tmp_path / "out", "--data", moved)
+    assert status == 0, error
+
+
+def test_long_clips_are_encoded_in_pieces(model, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(model.vqvae, "encode", lambda x: sizes.append(len(x)) or x[:, 0])
+    x = torch.randint(16, (2, 300, 3, 4, 4), dtype=torch.uint8)
+    assert torch.equal(model.encode(x), x[:, :, 0]), "each code at its place"
+    assert max(sizes) <= 128, f"{max(sizes)} frames at once: memory must not grow with a clip"
 
 
 def test_what_cannot_work_is_one_line_and_leaves_nothing(script, demo, tmp_path):
