@@ -103,8 +103,8 @@ class VectorQuantizer(nn.Module):
         data_init: start the codebook from encoder outputs of the first training batch. The paper
             does not say how it starts; False is uniform in [-1/K, 1/K].
         restart_after: a code is dead once restart_after * K latents in a row have chosen others,
-            and is moved to an encoder output of that batch. At most K are counted per batch: what
-            is rare is absent from many batches. Not in the paper; 0 is the paper's rule, under
+            and is moved to an encoder output of that batch. A batch counts as 4 K at most: what is
+            rare is absent from many batches. Not in the paper; 0 is the paper's rule, under
             which a code that starts in the wrong place stays there.
 
     Input (B, G*D, ...), any number of axes after the channels; ValueError for another number of
@@ -199,7 +199,7 @@ class VectorQuantizer(nn.Module):
         the same vectors of the joint batch. No random number is drawn, and no GPU has to wait.
         """
         (G, N, _), (rank, world) = z.shape, processes()
-        self.unused += min(N * world, self.num_codes)  # latents of one image are alike
+        self.unused += min(N * world, 4 * self.num_codes)              # many are of one image
         self.unused.index_fill_(0, rows.flatten(), 0)
         start = rows.sum(1, keepdim=True)              # (G, 1)  modulo N as good as random
         if world > 1:  # a code that any process has used is 0 now, in all of them

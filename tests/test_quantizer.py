@@ -409,11 +409,11 @@ def test_dead_codes_move_to_latents_of_the_batch(kind, G):
     assert (used[dead] > 0).all(), "the latent that a code was moved to chooses it"
 
 
-def batches_until_moved(kind, batch, restart_after):
-    vq, z_e = with_dead_codes(kind, restart_after=restart_after)
+def batches_until_moved(kind, batch, **options):
+    vq, z_e = with_dead_codes(kind, dead=(1, 2), **options)
     for count in range(1, 20):
         vq(batch(z_e))
-        if (vq.codebook[5:7] < 500).all():
+        if (vq.codebook[1:3] < 500).all():
             return count
 
 
@@ -424,10 +424,10 @@ def test_a_code_is_dead_after_restart_after_times_k_latents_without_it(kind):
 
 
 @BOTH
-def test_a_batch_counts_as_k_latents_at_most(kind):
-    count = batches_until_moved(kind, lambda z_e: z_e, restart_after=3)
-    assert count == 3, ("one batch holds 32 latents of 2 images; what neither image shows is not "
-                        "dead, it is rare")
+def test_a_batch_counts_as_4_k_latents_at_most(kind):
+    count = batches_until_moved(kind, lambda z_e: z_e, K=3, restart_after=12)
+    assert count == 3, ("12 of the 32 latents of a batch count, dead after 36: what the images of "
+                        "one batch do not show is not dead, it is rare")
 
 
 @BOTH
@@ -515,7 +515,7 @@ def test_restarts_draw_no_random_numbers(kind):
 
 
 def test_adams_moments_of_moved_codes_are_reset():
-    vq, z_e = with_dead_codes(VectorQuantizer, restart_after=3)
+    vq, z_e = with_dead_codes(VectorQuantizer, restart_after=10)
     adam = torch.optim.Adam(vq.parameters(), lr=0.0)
     vq.reset_moments(adam)
 
