@@ -500,8 +500,8 @@ class VideoPrior(nn.Module):
         nn.init.normal_(self.action_conv.weight, std=(E * taps) ** -0.5)
 
     def forward(self, codes, actions=None, last=None):
-        """codes (B, T, H, W), actions (B, T-1) or None -> logits (B, K, T, H, W), or with `last`
-        those of the last `last` frames. logits[:, :, t, i, j] see the frames t - context .. t - 1,
+        """codes (B, T, H, W), actions (B, T-1) or None -> logits (B, K, T, H, W), or with last=n
+        those of the last n frames. logits[:, :, t, i, j] see the frames t - context .. t - 1,
         the action that leads to frame t, and the codes of frame t before (i, j)."""
         B, T = codes.shape[:2]
         n = T if last is None else last

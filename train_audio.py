@@ -495,7 +495,7 @@ def read_sound(path):
 def read_wav(data):
     """The bytes of a WAV file, PCM of any width -> (T, channels) float32 in [-1, 1], rate in Hz."""
     if data[:4] != b"RIFF":
-        raise ValueError("no RIFF WAV file")
+        raise ValueError("not a RIFF WAV file")
     at, found = 12, {}
     while b"data" not in found:                        # chunks: name, size, content
         name, size = struct.unpack_from("<4sI", data, at)

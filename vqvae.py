@@ -195,8 +195,8 @@ class VectorQuantizer(nn.Module):
         """Move dead codes to vectors of this batch: z (G, N, D), and the rows (G, N) they chose.
 
         The outputs of a new encoder are so alike that a few codes do for all; the others are left
-        behind as they spread. All processes count together, and move the same codes to
-        the same vectors of the joint batch. No random number is drawn, and no GPU has to wait.
+        behind as they spread. All processes count together, and move the same codes to the
+        same vectors of the joint batch. No random number is drawn, and no GPU has to wait.
         """
         (G, N, _), (rank, world) = z.shape, processes()
         self.unused += min(N * world, 4 * self.num_codes)              # many are of one image

@@ -642,7 +642,7 @@ def make(folder, kind):
         return folder, str(bad)
     if kind == "mp3":
         bad.write_bytes(b"ID3\3" + bytes(range(256)))
-        return folder, "no RIFF WAV file"
+        return folder, "not a RIFF WAV file"
     if kind == "link":                                 # that leads nowhere
         bad.symlink_to(folder / "nowhere")
         return folder, str(bad)
