@@ -257,11 +257,13 @@ def draw(run, model, clips, rows):
     taken = first.actions[torch.arange(count * k) % len(first.actions)].view(count, -1)
     film = model.imagine(first.truth[:count, :GIVEN], taken, seed=run.args.seed)
     draw_films(run, "rollout_long", [RollOut(first.name, taken, film, clips.truth(taken))], 4, 5)
-    # rollout.gif: one sequence of actions after the other, for the median of the moving test clips
-    # by the error of the recorded actions' roll-out: neither a lucky nor an unlucky one.
+    # rollout.gif: one sequence of actions after the other, for a clip that moves and has more edges
+    # than most; of these the median by error: neither a lucky nor an unlucky one.
     error = (first.imagined.float() - first.truth.float()).square().mean((1, 2, 3, 4))
-    moving = is_moving(first.truth).nonzero().flatten()
-    n = moving[error[moving].argsort()[len(moving) // 2]]
+    some = is_moving(first.truth).nonzero().flatten()
+    edges = first.truth[some, GIVEN - 1].float().diff(dim=3).abs().mean((1, 2, 3))
+    some = some[edges >= edges.median()]
+    n = some[error[some].argsort()[len(some) // 2]]
     film, truth = ([0 * row.imagined[n] if row[k] is None else row[k][n] for row in rows]
                    for k in (2, 3))
     captions = [f"{row.name}, {t - GIVEN:+d}" for row in rows for t in range(1, 1 + len(film[0]))]

@@ -165,9 +165,7 @@ class VectorQuantizer(nn.Module):
     def init_codebook(self, z):
         """Initialise every codebook with K of the vectors z (G, N, D), chosen by k-means++: each
         next one with a probability proportional to its squared distance from the nearest one
-        chosen before (Arthur and Vassilvitskii, 2007).
-
-        Uniform picks would crowd where most latents are (the sky, a wall).
+        chosen before (Arthur and Vassilvitskii, 2007). Uniform picks would crowd (sky, walls).
         """
         _, world = processes()
         if world > 1:                                  # from the joint batch of all processes
