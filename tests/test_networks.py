@@ -1,14 +1,10 @@
 """Sections 2-4 of vqvae.py: encoder, decoder, p(x|z), and the VQ-VAE that joins them."""
 
-import doctest
-
 import numpy as np
 import pytest
 import torch
 import torch.nn as nn
 
-import prior
-import vqvae
 from vqvae import (VQVAE, Decoder, Encoder, Gaussian, ResidualBlock, VectorQuantizer,
                    VectorQuantizerEMA, to_unit)
 
@@ -165,9 +161,3 @@ def test_bf16_autocast_trains(kind):
     y.loss.backward()
     assert y.loss.dtype == torch.float32 and y.loss.isfinite()
     assert all(p.grad.isfinite().all() for p in model.parameters())
-
-
-@pytest.mark.parametrize("module", [vqvae, prior])
-def test_examples_in_the_header_print_what_they_say(module):
-    result = doctest.testmod(module)
-    assert result.attempted > 0 and result.failed == 0

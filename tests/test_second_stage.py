@@ -18,7 +18,6 @@ from naive import sample_pixelcnn
 from prior import PixelCNN
 from test_images import SIGNAL_AT, TINY, checkpoint, main, start  # noqa: F401 (main: a fixture)
 from test_run import python, same, stopped
-from torch.utils.data import TensorDataset
 from vqvae import VQVAE, GlobalEncoder, GlobalVAE, GlobalVQVAE, VectorQuantizer
 
 K, D, C, FIELD = 16, 4, 6, (4, 5)  # codes, numbers in e_k of the second and the first stage, h x w

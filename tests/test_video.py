@@ -24,7 +24,7 @@ import train_video
 from conftest import ROOT
 from naive import sample_video
 from prior import VideoPrior, draw, gumbel
-from train_video import (ACTIONS, GENERATED, GIVEN, Clips, Play, RollOut, Stretches, World,
+from train_video import (GENERATED, GIVEN, Clips, Play, RollOut, Stretches, World,
                          action_accuracy, bits_per_code, demo_clips, demo_part, is_moving,
                          judge_accuracy, judge_loss, load, load_parts, make_judge, measure_codes,
                          measure_films, read_arrays, roll_outs)
