@@ -653,8 +653,8 @@ def make(folder, kind):
     return folder, "speaker carl: 0.1 s"
 
 
-@pytest.mark.parametrize("kind", ["missing", "empty", "flac", "torn", "mp3", "link", "float", "fast",
-                                  "slow", "channels", "loose", "short"])
+@pytest.mark.parametrize("kind", ["missing", "empty", "flac", "torn", "mp3", "link", "float",
+                                  "fast", "slow", "channels", "loose", "short"])
 def test_bad_data_gets_one_line(tmp_path, refused, kind, monkeypatch):
     monkeypatch.setitem(sys.modules, "soundfile", None)                # as if not installed
     data, wanted = make(tmp_path / "data", kind)

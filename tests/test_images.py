@@ -856,8 +856,8 @@ def test_use_takes_the_temperature_of_the_run_unless_it_is_given(demo, monkeypat
     common["args"]["temperature"] = 0.3
     torch.save(common, tmp_path / "run" / "checkpoint.pt")
     used, sample = [], train_image.Trained.sample
-    monkeypatch.setattr(train_image.Trained, "sample", lambda run, count, label, temperature, seed: (
-        used.append(temperature) or sample(run, count, label, temperature, seed)))
+    monkeypatch.setattr(train_image.Trained, "sample", lambda run, *args: (
+        used.append(args[2]) or sample(run, *args)))
     for flags in ((), ("--temperature", "0.6")):
         start(monkeypatch, "--out", tmp_path / "run", "--sample", "1", *flags)
     assert used == [0.3, 0.6]
