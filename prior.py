@@ -49,8 +49,8 @@ def draw(logits, noise, temperature, guidance=1.0):
 def gate(x):
     """The gated activation: channels (a, b) -> tanh(a) * sigmoid(b).
 
-    Samplers make do with sigmoids, as on a CPU tanh takes up to three times as long: with
-    s = sigmoid(2a), tanh(a) = 2s - 1. What makes a is doubled beforehand.
+    Samplers make do with sigmoids (on a CPU tanh takes up to three times as long): tanh(a) is
+    2s - 1 for s = sigmoid(2a), so they compute 2 s sigmoid(b) - sigmoid(b), from a doubled a.
     """
     a, b = x.chunk(2, 1)
     return a.tanh() * b.sigmoid()
