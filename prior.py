@@ -161,9 +161,8 @@ class PixelCNN(nn.Module):
         self.num_classes, self.cond_channels = num_classes, cond_channels
         self.embed = nn.Embedding(num_codebooks * num_codes, channels)
         self.pos_embed = nn.Linear(2 * 8, channels)
-        self.layers = nn.ModuleList(
-            PixelCNNLayer(channels, 5 if i else 7, num_classes, cond_channels)
-            for i in range(num_layers))
+        self.layers = nn.ModuleList(PixelCNNLayer(channels, 5 if i else 7, num_classes,
+                                                  cond_channels) for i in range(num_layers))
         self.head = CodebookHead(channels, num_codes, num_codebooks)
 
     @staticmethod

@@ -350,13 +350,9 @@ def spectrum(x, step):
 def sheet(write, name, rate, rows):
     """Rows of (title, x (T,)) as WAV files, and waveforms above spectrograms as in fig. 6."""
     from matplotlib.figure import Figure
-    def write_wav(file):  # x in [-1, 1] as 16 bits
-        with wave.open(file, "wb") as out:
-            out.setparams((1, 2, rate, 0, "NONE", ""))
-            out.writeframes((x.clamp(-1, 1) * 32767).round().short().numpy().tobytes())
     for i, row in enumerate(rows):
         for title, x in row:
-            write(f"{name}_{i}_{safe_name(title)}.wav", write_wav)
+            write(f"{name}_{i}_{safe_name(title)}.wav", partial(write_wav, x=x, rate=rate))
     rows, columns, n = rows[:8], max(map(len, rows)), min(8, len(rows))
     figure = Figure((4.5 * columns, 3 * n), layout="constrained")
     axes = figure.subplots(2 * n, columns, squeeze=False, height_ratios=[1, 2.4] * n)
@@ -477,6 +473,13 @@ def resample(x, old, new):
     n = -(-len(x) // M) + 8                            # whole groups, and silence to fade out in
     spectrum = np.fft.rfft(np.pad(x, (0, n * M - len(x))))[:n * L // 2 + 1]
     return (np.fft.irfft(spectrum, n * L)[:-(-len(x) * L // M)] * (L / M)).astype(np.float32)
+
+
+def write_wav(file, x, rate):
+    """x (T,) in [-1, 1] -> 16-bit mono WAV; file: its name, or one open for writing."""
+    with wave.open(file, "wb") as out:
+        out.setparams((1, 2, rate, 0, "NONE", ""))
+        out.writeframes((x.clamp(-1, 1) * 32767).round().short().numpy().tobytes())
 
 
 def read_sound(path):

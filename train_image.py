@@ -202,10 +202,9 @@ def second_stage(run, model, codes, data):
     return {
         **{f"second_codes_used_{g + 1}": n for g, n in enumerate(used.tolist())},
         **conditional_bits("second", vqvae.decoder, maps, z, LATENTS * math.log2(args.num_codes),
-                           run.device),
+                           run.device), "second_vae_kl_bits": kl,
         **conditional_bits("second_vae", vae.decoder, maps, z_vae, kl, run.device),
         "second_bits_alone": bits_per_code(alone, maps, device=run.device),
-        "second_vae_kl_bits": kl,
         "second_prior_bits": LATENTS * bits_per_code(prior, three, device=run.device)}
 
 
@@ -259,9 +258,8 @@ def draw_figure_5(run, model, vqvae, vae, prior, data, z, z_vae):
             sample(vae.decoder, z_vae[index]), *(sample(vqvae.decoder, z) for z in new)]
     bits = f"{LATENTS * math.log2(run.args.num_codes):.0f} bits"
     run.picture("second_stage", torch.stack(rows), f"test images, and samples given the {bits} "
-                "that a second VQ-VAE keeps of each",
-                rows=["test image", f"its {bits}", "again", "again", "again", "VAE, its z",
-                      f"new {bits}", "new"])
+                "that a second VQ-VAE keeps of each", rows=["test image", f"its {bits}",
+                *["again"] * 3, "VAE, its z", f"new {bits}", "new"])
 
 
 # -- Measurements and pictures ------------------------------------------------------------------

@@ -191,13 +191,14 @@ def measure_codes(model, clips, codes):
         for name, actions in bits_of.items() if model.prior.num_actions or not name}
 
 
-def bits_per_code(prior, codes, actions, size=100):
-    """-log2 p(z_t | z_<t, a_<t) of the frames after the first GIVEN."""
+def bits_per_code(prior, codes, actions, size=100, most=3000):
+    """-log2 p(z_t | z_<t, a_<t) of frames after the first GIVEN, of evenly spread ones."""
     data, nats, device = Stretches(codes, actions, GIVEN + 1), 0, next(prior.parameters()).device
-    for index in torch.arange(len(data)).split(size):
+    chosen = spread(len(data), most)
+    for index in chosen.split(size):
         z, action = (x.to(device) for x in data[index])
         nats += len(z) * prior_loss(prior, z, action if prior.num_actions else None)[0].item()
-    return nats / len(data) / math.log(2)
+    return nats / len(chosen) / math.log(2)
 
 
 def measure_films(model, judge, rows):

@@ -361,9 +361,8 @@ class Encoder(nn.Sequential):
             layers += [CONV[ndim](hidden if i else in_channels, hidden, s + 2 * (s // 2), s,
                                   s // 2), nn.ReLU(inplace=True)]
         layers.pop()  # the residual block brings its own ReLU
-        super().__init__(*layers, ResidualBlock(hidden, res_hidden, ndim),
-                         ResidualBlock(hidden, res_hidden, ndim), nn.ReLU(inplace=True),
-                         CONV[ndim](hidden, out_channels, 1))
+        super().__init__(*layers, *(ResidualBlock(hidden, res_hidden, ndim) for _ in range(2)),
+                         nn.ReLU(inplace=True), CONV[ndim](hidden, out_channels, 1))
 
 
 class Decoder(nn.Sequential):

@@ -626,6 +626,13 @@ def test_bits_are_of_the_frames_that_are_not_given():
     assert bits_per_code(prior, codes, actions) == pytest.approx(nats.item() / np.log(2))
 
 
+def test_bits_of_many_frames_are_those_of_evenly_spread_ones():
+    prior = VideoPrior(6, 3, 8, 1).double()
+    codes, actions = torch.randint(6, (5, GIVEN + 1, 3, 3)), torch.randint(3, (5, GIVEN))
+    every = [bits_per_code(prior, codes[k:k + 1], actions[k:k + 1]) for k in (0, 2, 4)]
+    assert bits_per_code(prior, codes, actions, most=3) == pytest.approx(np.mean(every))
+
+
 def test_the_judge_learns_what_a_turn_and_a_step_look_like(world):
     frames, actions, _ = demo_clips(world, 60, 8, 24, 0)
     pairs = Stretches(frames, torch.from_numpy(actions[:, :-1]), 2)
