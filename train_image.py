@@ -689,10 +689,9 @@ def render(label, scene, size):
     normal[..., 2] -= ~solid & (floor >= wall)         # the wall looks at us
 
     tiles = (np.floor(point[..., 0] * 1.2) + np.floor(point[..., 2] * 1.2)) % 2
-    colour = np.where(solid[..., None], palette(s["hue"], 0.9),
-                      np.where((floor < wall)[..., None],
-                               palette(s["floor_hue"], 0.45) * (0.82 + 0.18 * tiles[..., None]),
-                               palette(s["wall_hue"], 0.45)))
+    colour = np.where(solid[..., None], palette(s["hue"], 0.9), np.where((floor < wall)[..., None],
+                      palette(s["floor_hue"], 0.45) * (0.82 + 0.18 * tiles[..., None]),
+                      palette(s["wall_hue"], 0.45)))
     light = np.stack(np.broadcast_arrays(s["light"], np.float32(1.3), np.float32(-0.9)), -1)
     light = light / np.linalg.norm(light, axis=-1, keepdims=True)          # (n, 1, 3)
     lit = np.maximum((normal * light).sum(-1), 0)

@@ -721,6 +721,7 @@ def test_bad_labels_get_one_line(tmp_path, refused, text, wanted):
                                            (("--demo-utterances", "3"), "speaker soprano: 0.0 s"),
                                            (("--batch-size", "5000"), "--batch-size"),
                                            (("--layers", "1000000000"), "--layers"),
+                                           (("--cycle", "70"), "--cycle"),
                                            (("--labels", "lab"), "--data"),
                                            (("--to", "alto"), "--to needs")])
 def test_bad_flags_get_one_line(refused, flags, wanted):
