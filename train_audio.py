@@ -476,7 +476,7 @@ def resample(x, old, new):
 
 
 def write_wav(file, x, rate):
-    """x (T,) in [-1, 1] -> 16-bit mono WAV; file: its name, or one open for writing."""
+    """x (T,) in [-1, 1] -> 16-bit mono WAV; file: its name (str), or one open for writing."""
     with wave.open(file, "wb") as out:
         out.setparams((1, 2, rate, 0, "NONE", ""))
         out.writeframes((x.clamp(-1, 1) * 32767).round().short().numpy().tobytes())
