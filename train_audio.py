@@ -240,7 +240,7 @@ def rates(run, vqvae, prior, data, codes, clips):
     S, N = len(data.speakers), clips.codes.shape[1]
     counts = count_codes(data.windows(1, 1, codes)[2].all()[0].long(), run.args.num_codes)
     found = {"bits_per_sample": bits(clips.codes, clips.speaker),
-             "bits_per_sample_other_codes": bits(clips.codes.roll(1, 0), clips.speaker),
+             "bits_per_sample_other_codes": bits(clips.codes.roll(3 * N // 2), clips.speaker),
              "codes_used": int((counts > 0).sum()), "num_codes": run.args.num_codes,
              "perplexity": perplexity(counts).item(),
              "prior_bits_per_code": in_batches(prior_nats, run.device, 64, data.windows(

@@ -938,7 +938,7 @@ class Parser(argparse.ArgumentParser):
         flag("--prior-channels", type=positive(int), help="channels of the prior")
         flag("--seed", type=natural, default=0, help="of data, weights, batches and samples")
         flag("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
-        flag("--precision", choices=["fp32", "bf16"], default="fp32", help="bf16: autocast")
+        flag("--precision", choices=["fp32", "bf16"], default="fp32", help="bf16: GPUs, newer CPUs")
         flag("--keep", choices=["best", "last"], default="best", help="weights: best in validation")
         flag("--finetune", type=path, metavar="RUN", help="start from a finished run's weights")
         flag("--resume", action="store_true", help="continue the run in --out, with its flags")

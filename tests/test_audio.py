@@ -618,6 +618,9 @@ def test_one_speaker_has_nobody_to_convert_to(tmp_path, call):
 def test_small_settings_run_to_the_end(call, flags):
     _, metrics = call(*flags.split())
     assert metrics["bits_per_sample"] > 0 and metrics["original_speaker_accuracy"] >= 0
+    if "--test-clips 1" in flags:
+        assert metrics["bits_per_sample_other_codes"] != metrics["bits_per_sample"], (
+            "the other codes must be others, even if there is one clip")
 
 
 def make(folder, kind):
