@@ -242,6 +242,19 @@ def numbers(line):
     return [[float(n) for n in re.findall(r"-?\d+\.?\d*", rest)] for rest in rests]
 
 
+# Decimals of the prose that no cell prints: derived in the text, read from a picture (3.5, 0.75),
+# or the answer to an exercise.
+DERIVED = {"1.44", "0.2864", "18.33", "22.2", "2.72", "4.35", "2.43", "62.5", "3.5", "0.75"}
+
+
+def test_decimals_in_the_prose_are_printed_by_a_cell_or_stand_in_readme():
+    prose = re.sub(r"\]\([^)]*\)|\[arXiv[^]]*\]", "", PROSE)            # no addresses
+    quoted = set(re.findall(r"(?<![\d.])\d+\.\d+(?![\d.])", prose))
+    known = PRINTED + SOURCE + (ROOT / "README.md").read_text()
+    missing = {n for n in quoted - DERIVED if not re.search(rf"(?<![\d.]){n}(?!\d)", known)}
+    assert not missing, f"run the notebook again, or mend its text: {sorted(missing)}"
+
+
 def test_stored_vae_has_collapsed_and_the_vqvae_has_not():
     _, kl, total, wrong = numbers(r"VAE, PixelCNN decoder   ")[0]
     entropy, = numbers("entropy of the data")[0]
