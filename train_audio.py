@@ -219,7 +219,7 @@ def draw_samples(run, vqvae, prior, judge, data, clips):
 
 
 def word_share(run, judge, x):
-    """Share of the phones heard in x (M, T) that lie in words of the demo's language."""
+    """Share of the phones recognised in x (M, T) that lie in words of the demo's language."""
     text, letters = "", [" ", *list(PHONES)[1:]]
     for heard in in_batches(lambda x: judge(x)[1].argmax(1), run.device, 64, x):       # (frames,)
         phones, frames = heard.unique_consecutive(return_counts=True)
@@ -323,7 +323,7 @@ def fit_judge(run, data):
 
 
 def judge_speech(run, judge, data, clips, voices, drawn):
-    """What the judge hears in originals, in reconstructions (column 0 of drawn (M, V, T)) and in
+    """What the judge recognises in originals, in reconstructions (column 0 of drawn (M, V, T)) and in
     conversions: the share in the right voice, and of frames with another phone than was spoken."""
     found, T = {}, drawn.shape[2]
     spoken = data.phone_at(clips.start[:, None] + torch.arange(0, T, judge.step))

@@ -150,7 +150,7 @@ def fit_codes(run, stage, net, loss, codes, steps):
 
 
 def draw_images(vqvae, prior, size, labels, seed, temperature):
-    """Images (N, C, H, W), from codes that the prior draws given labels (N,), if it knows any."""
+    """Images (N, C, H, W), from codes that the prior draws, given labels (N,) if it has classes."""
     device = vqvae.quantizer.codebook.device
     generator = torch.Generator(device).manual_seed(seed)
 

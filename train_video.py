@@ -487,7 +487,7 @@ def make_parser():
 ACTIONS = ("forward", "left", "right")
 STEP, TURN = 0.15, 10             # a step in widths of a corridor, a turn in degrees
 RADIUS = 0.3                      # nearer than this the walker does not come to a wall
-MAZES = 100                       # with two, the prior knows them by heart: unseen ones suffer
+MAZES = 100                       # with two, the prior memorises them: unseen ones suffer
 VIEW = np.deg2rad(60)             # half the field of view, to the sides
 EYE, WALL = 0.6, 1.2              # height of the eye and of the walls
 
