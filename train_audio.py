@@ -323,7 +323,7 @@ def fit_judge(run, data):
 
 
 def judge_speech(run, judge, data, clips, voices, drawn):
-    """What the judge recognises in originals, in reconstructions (column 0 of drawn (M, V, T)) and in
+    """What the judge finds in originals, in reconstructions (column 0 of drawn (M, V, T)) and in
     conversions: the share in the right voice, and of frames with another phone than was spoken."""
     found, T = {}, drawn.shape[2]
     spoken = data.phone_at(clips.start[:, None] + torch.arange(0, T, judge.step))

@@ -822,10 +822,10 @@ class GlobalVQVAE(nn.Module):
 
 
 class GlobalVAE(nn.Module):
-    """The same with a Gaussian z of `latents` numbers: what "this setup typically breaks".
+    """The same with a Gaussian z of `latents` dimensions: what "this setup typically breaks".
 
-    The bound is -log p(codes|z) + KL(q(z|codes) || p(z)). What z tells costs KL, and a PixelCNN
-    predicts most of it from the codes before: q(z|x) = p(z), KL 0, is cheaper, "posterior
+    The bound is -log p(codes|z) + KL(q(z|codes) || p(z)). What z transmits costs KL, and a PixelCNN
+    predicts most of it from the codes it has seen: q(z|x) = p(z), KL 0, is cheaper, "posterior
     collapse". The VQ-VAE's rate is constant: to ignore z would save nothing.
     """
 
