@@ -4,7 +4,7 @@
     python train_audio.py --data wav48/ --preset paper            VCTK's layout, on a GPU
     python train_audio.py --data wav48/ --labels lab/ --preset paper-phonemes
     python train_audio.py --resume                 resume runs/audio where it stopped
-    python train_audio.py --sample 4               with the finished run: speech from nothing,
+    python train_audio.py --sample 4               with the finished run: unconditional speech,
     python train_audio.py --reconstruct me.wav     your recording through the codes,
     python train_audio.py --convert me.wav --to alto              and in another voice
 
@@ -109,7 +109,7 @@ class SpeechVQVAE(nn.Module):
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
         # Levels have an order, which an embedding would have to learn: initialise it, and the
-        # logits, as smooth functions of the level (5.35 for 5.72 bits per sample after 500 steps).
+        # logits, as smooth functions of the level (5.35 bits per sample after 500 steps, not 5.72).
         level = (torch.arange(256) + 0.5) / 256
         for weight, size in ((self.decoder.embed.weight, 1.4), (self.decoder.head[-1].weight, 0.3)):
             k = torch.arange(weight.shape[1])
@@ -221,8 +221,8 @@ def draw_samples(run, vqvae, prior, judge, data, clips):
 def word_share(run, judge, x):
     """Share of the phones recognised in x (M, T) that lie in words of the demo's language."""
     text, letters = "", [" ", *list(PHONES)[1:]]
-    for heard in in_batches(lambda x: judge(x)[1].argmax(1), run.device, 64, x):       # (frames,)
-        phones, frames = heard.unique_consecutive(return_counts=True)
+    for found in in_batches(lambda x: judge(x)[1].argmax(1), run.device, 64, x):       # (frames,)
+        phones, frames = found.unique_consecutive(return_counts=True)
         text += "".join(letters[p] for p in phones[frames > 3]) + " "
     text = re.sub(r"(.)\1+", r"\1", text)               # where a short one was left out
     words = re.findall("|".join(sorted(WORDS, key=len, reverse=True)), text)
@@ -250,7 +250,7 @@ def rates(run, vqvae, prior, data, codes, clips):
 
 
 def read_phones(run, data, codes):
-    """Experiment 4: how codes and phones meet on training speech, accuracies on test speech."""
+    """Experiment 4: how codes and phones co-occur in training speech, accuracies on test speech."""
     def aligned(windows):  # three codes in a row; a code stands for the phone in its middle
         z, _, at = windows.all()
         return z.long(), data.phone_at((at + 1) * data.hop + data.hop // 2)
@@ -271,7 +271,7 @@ def read_phones(run, data, codes):
 
 
 def phone_table(codes, phones, num_codes, num_phones):
-    """How often each code meets each phone: (K, phones)."""
+    """How often each code occurs with each phone: (K, phones)."""
     known, table = phones != UNLABELLED, torch.zeros(num_codes, num_phones)
     return table.index_put_((codes[known].long(), phones[known].long()), torch.ones(()),
                             accumulate=True)
@@ -325,16 +325,15 @@ def fit_judge(run, data):
 def judge_speech(run, judge, data, clips, voices, drawn):
     """What the judge finds in originals, in reconstructions (column 0 of drawn (M, V, T)) and in
     conversions: the share in the right voice, and of frames with another phone than was spoken."""
-    found, T = {}, drawn.shape[2]
+    found, (_, V, T) = {}, drawn.shape                 # V = 1: nobody to convert to
     spoken = data.phone_at(clips.start[:, None] + torch.arange(0, T, judge.step))
     for name, x, speaker in (("original", clips.levels[:, None, :T], clips.speaker[:, None]),
                              ("reconstructed", drawn[:, :1], voices[:, :1]),
-                             ("converted", drawn[:, 1:], voices[:, 1:])):
-        if x.numel():                                  # else there is nobody to convert to
-            who, phones = (in_batches(lambda x: judge(x)[k].argmax(1), run.device, 64,
-                                      x.flatten(0, 1)) for k in (0, 1))
-            found[f"{name}_speaker_accuracy"] = (who == speaker.flatten()).float().mean().item()
-        if x.numel() and data.phones:
+                             ("converted", drawn[:, 1:], voices[:, 1:]))[:1 + V]:
+        who, phones = (in_batches(lambda x: judge(x)[k].argmax(1), run.device, 64,
+                                  x.flatten(0, 1)) for k in (0, 1))
+        found[f"{name}_speaker_accuracy"] = (who == speaker.flatten()).float().mean().item()
+        if data.phones:
             wanted = spoken.repeat_interleave(x.shape[1], 0)
             wrong = (phones[:, :wanted.shape[1]] != wanted)[wanted != UNLABELLED]
             found[f"phone_error_{name}"] = wrong.float().mean().item()
@@ -348,7 +347,7 @@ def spectrum(x, step):
 
 
 def sheet(write, name, rate, rows):
-    """Rows of (title, x (T,)) as WAV files, and waveforms above spectrograms as in fig. 6."""
+    """Rows of (title, x (T,)) as WAV files, and waveforms, as in fig. 6, above spectrograms."""
     from matplotlib.figure import Figure
     for i, row in enumerate(rows):
         for title, x in row:
@@ -389,7 +388,7 @@ class Trained(namedtuple("Trained", "vqvae prior speakers args device")):
                                          temperature or self.args.temperature, generator).cpu())
 
     def sample(self, n, speaker=None, seconds=2.0, temperature=None, generator=None):
-        """n waves (n, T) from nothing: codes from the prior, in that voice or in all in turn."""
+        """n waves (n, T): codes from the prior, decoded in that voice or in all in turn."""
         N = max(1, round(seconds * self.args.sample_rate / self.vqvae.hop))
         names = [speaker or self.speakers[i % len(self.speakers)] for i in range(n)]
         return self.decode(self.prior.sample(n, N, generator=generator), names, temperature,
@@ -419,26 +418,23 @@ def use(args):
     if args.convert and not args.to:
         raise ValueError(f"--convert needs --to, one of {', '.join(model.speakers[:20])}")
     if args.sample:
-        rows = [[("from nothing", x)] for x in model.sample(
+        rows = [[("unconditional", x)] for x in model.sample(
             args.sample, args.to, model.args.clip / rate, args.temperature, generator)]
     for file in filter(None, (args.reconstruct, args.convert)):
         x, codes = model.encode(*read_sound(file))
         name = args.to or model.likeliest_voice(x, codes)
         y = model.decode(codes[None], name, args.temperature, generator)[0]
         rows.append([(f"original: {Path(file).stem}", to_wave(x.cpu())), (f"decoded as {name}", y)])
-
-    def write(name, writer):
-        say(Path(args.out, name))
-        write_file(Path(args.out, name), writer)
-    sheet(write, "new", rate, rows)
+    sheet(lambda name, writer: write_file(Path(args.out, name), writer), "new", rate, rows)
+    say(f"in {args.out}: new.png and {sum(map(len, rows))} sounds, new_*.wav")
 
 
 # -- Waveforms: levels, resampling, reading and writing recordings ----------------------------
 
 def to_levels(x):
     """A recording (T,) in [-1, 1] -> what the model works on, (T,) uint8: high frequencies raised,
-    one loudness for all, mu-law. Only mu-law is in the paper. Its noise, and that of sampling, is
-    heard at high frequencies, where speech is weak; `to_wave` lowers both there."""
+    one loudness for all, mu-law. Mu-law is WaveNet's [37], the rest is ours. Its noise, and that of
+    sampling, is heard at high frequencies, where speech is weak; `to_wave` lowers both there."""
     y = x - EMPHASIS * F.pad(x, (1, 0))[:-1]
     power = F.pad(y, (0, -len(y) % 256)).view(-1, 256).square().mean(1)
     loud = power[power >= power.amax() / 100] if len(y) else power     # pauses do not count
@@ -497,8 +493,8 @@ def read_sound(path):
 
 def read_wav(data):
     """The bytes of a WAV file, PCM of any width -> (T, channels) float32 in [-1, 1], rate in Hz."""
-    if data[:4] != b"RIFF":
-        raise ValueError("not a RIFF WAV file")
+    if not (data[:4] == b"RIFF" and b"fmt " in data and b"data" in data):
+        raise ValueError("not a RIFF WAV file, or cut off")
     at, found = 12, {}
     while b"data" not in found:                        # chunks: name, size, content
         name, size = struct.unpack_from("<4sI", data, at)
@@ -595,6 +591,9 @@ def load_data(run):
         for part, first, last in zip(parts, cuts, [*cuts[1:], at // hop * hop]):
             part.append((first, last - first))
     speech = Speech(levels, parts, names, *labels, args.sample_rate, hop, longest)
+    known = speech.ends[speech.spoken != UNLABELLED]   # where phones end
+    if args.labels and not any(((known > a) & (known < a + n)).any() for a, n in parts[0]):
+        raise ValueError(f"--labels {args.labels}: no phone in the training part")
     check_batch(len(speech.windows(args.clip, hop)[0]), args.batch_size, "clips", "--batch-size")
     return speech
 
@@ -605,7 +604,7 @@ def read_folder(run):
     files = find_files(root, (".wav", ".flac"))
     if not files or any(os.sep not in name for name, *_ in files):
         raise ValueError(f"--data {root}: needs a folder per speaker, <speaker>/*.wav or *.flac")
-    random.Random(0).shuffle(files)                    # else the test part would be the last words
+    random.Random(0).shuffle(files)                    # else the last sentences would be tested
     files.sort(key=lambda file: file[0].split(os.sep)[0])
     names = [name for name, *_ in files]
     levels, sizes = prepare(run, f"recordings in {root}", repr((files, rate, EMPHASIS)),
@@ -657,7 +656,7 @@ def make_parser():
     parser.set_defaults(demo_utterances=900)
     count, rate = positive(int), number(int, "rate", lambda hz: 1000 <= hz <= 384_000)
     for name, kind, text in (
-            ("labels", path, "folder of <speaker>/../<name>.lab; lines: [start] end phone, in s"),
+            ("labels", path, "folder of <speaker>/.../<name>.lab; lines: [start] end phone, in s"),
             ("sample-rate", rate, "Hz; files of another rate are resampled"),
             ("strides", strides, "of the encoder (paper 2,2,2,2,2,2); their product is the hop"),
             ("channels", count, "residual channels of the decoder"),
@@ -665,13 +664,13 @@ def make_parser():
             ("layers", depth, "layers of the decoder"),
             ("cycle", number(int, "integer from 1 to 20", lambda n: 0 < n <= 20),
              "its dilations are 1, 2 .. 2^(CYCLE-1), and again"),
-            ("past-dropout", fraction, "share of past samples the decoder gets wrong (paper 0)"),
+            ("past-dropout", fraction, "share of past samples replaced in training (paper 0)"),
             ("crop", count, "samples of a training example"),
             ("clip", count, "samples of a test clip and of the prior's examples (paper 40,960)"),
             ("test-clips", count, "clips that are reconstructed and converted"),
             ("temperature", positive(float), "of the decoder's samples"),
-            ("demo-utterances", count, "utterances of the demo, each as long as a clip, or 1 s"),
-            ("sample", count, "draw so many clips from the run in --out"),
+            ("demo-utterances", count, "utterances of the demo, as long as a clip, at least 1 s"),
+            ("sample", count, "draw this many clips from the run in --out"),
             ("reconstruct", path, "a recording through its codes, in voice --to or the likeliest"),
             ("convert", path, "a recording through its codes, in the voice --to"),
             ("to", path, "a speaker of the run in --out, for the three above")):
@@ -742,15 +741,15 @@ def synthesise(phones, speakers, rng, rate, frame=8):
     table = np.array([[*f, *w, v, n] for f, w, v, n, _ in PHONES.values()], np.float32)
     pitch, tract, breath = np.array(list(VOICES.values()), np.float32)[speakers].T[..., None]
     # Coarticulation: the tract glides from target to target, for some 60 ms; the voice is faster.
-    track = table[phones[:, ::frame]]                  # (B, frames, 8): 1 ms a frame at 8 kHz
+    track = table[phones[:, ::frame]]                  # (B, frames, 8): 1 ms per frame at 8 kHz
     tuning = smooth(track[..., :6], 0.06 * fps) * tract[..., None]
     voiced, hiss = smooth(track[..., 6:], 0.025 * fps).repeat(frame, 1)[:, :T].transpose(2, 0, 1)
 
-    # Source: a saw tooth (glottal pulse and radiation together fall by 6 dB an octave) whose
+    # Source: a saw tooth (glottal pulse and radiation together fall by 6 dB per octave) whose
     # pitch sinks through the utterance and wanders a little, and noise.
     wander = smooth(rng.standard_normal((*track.shape[:2], 1)), 0.25 * fps)[..., 0]
     wander = np.sqrt(0.25 * fps) * wander.repeat(frame, 1)[:, :T]
-    step = pitch * (np.linspace(1.05, 0.95, T) + 0.02 * wander) / rate         # turns a sample
+    step = pitch * (np.linspace(1.05, 0.95, T) + 0.02 * wander) / rate         # cycles per sample
     phase = (np.cumsum(step, 1) + rng.random((B, 1))) % 1
     # Its jump is rounded over two samples, the last and the next one, so that it does not alias.
     after, before = (1 - phase / step).clip(0), (1 - (1 - phase) / step).clip(0)

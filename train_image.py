@@ -118,7 +118,7 @@ Codes = NamedTuple("Codes", [(part, TensorDataset) for part in ("train", "valid"
 
 
 def encode_all(run, model, data):
-    """Data sets of codes (N, h, w), in the smallest type, off the device; and labels if any."""
+    """Data sets of codes (N, h, w), (N, G, h, w) of G codebooks, on the CPU; and labels if any."""
     run.say("encoding all images")
     kind = smallest_int(run.args.num_codes)
     return Codes(*(TensorDataset(torch.cat([model.encode(x).cpu().to(kind) for x in
@@ -162,17 +162,17 @@ def draw_images(vqvae, prior, size, labels, seed, temperature):
 
 
 def sample_images(run, model, prior, data):
-    """About 200 labels (N,) of all classes (at most 1,000; 64 without classes), and images drawn
-    given them; samples.png shows eight rows."""
-    classes = len(data.classes) or 8                   # without classes: eight columns to look at
-    labels = torch.arange(min(classes, 1000)).repeat(max(1, 200 // classes) if data.classes else 8)
+    """Labels (N,) of all classes in training (100 to 200, or one of each), and images drawn
+    given them; 64 images without classes. samples.png shows eight rows."""
+    known = data.train.labels[0].unique()[:1000] if data.classes else torch.arange(8)
+    labels = known.repeat(max(1, 200 // len(known)) if data.classes else 8)
     run.say(f"drawing {len(labels)} samples from the prior")
     images = draw_images(model, prior, data.facts["size"], labels[:2] if run.rehearsing else labels,
                          run.args.seed, run.args.temperature or 1.0)
     images = images[torch.arange(len(labels)) % len(images)]           # a rehearsal repeats two
-    columns = min(classes, 10)
+    columns, names = min(len(known), 10), [data.classes[k] for k in known if data.classes]
     run.picture("samples", images[:8 * columns].unflatten(0, (8, columns)), "samples: codes from "
-                "the PixelCNN, decoded", columns=data.classes if classes <= 10 else ())
+                "the PixelCNN, decoded", columns=names if len(known) <= 10 else ())
     return labels, images
 
 
@@ -187,7 +187,7 @@ def second_stage(run, model, codes, data):
     vqvae, vae, alone = fit_second(run, codes, lookup)
     latents = Codes(*(TensorDataset(in_batches(         # (N, 3, 1, 1)
         lambda c: vqvae.encode(lookup(c)), run.device, 128, part.tensors[0])) for part in codes))
-    # So that images come from nothing: p(k_1) p(k_2|k_1) p(k_3|k_1,k_2), a 1 x 1 grid.
+    # To sample images unconditionally: p(k_1) p(k_2|k_1) p(k_3|k_1,k_2), a 1 x 1 grid.
     prior = PixelCNN(args.num_codes, args.prior_channels, 1, num_codebooks=LATENTS)
     fit_codes(run, "second-prior", prior, prior_loss, latents, args.second_steps)
     # One z of each test map for its decoder, (N, 3 * D, 1, 1); that of the VAE is drawn.
@@ -275,8 +275,7 @@ def measure(run, model, data):
             if not isinstance(model.likelihood, Gaussian):
                 found |= bits_per_dim(model, x)
             for name, value in found.items():
-                metrics.setdefault(prefix + name, 0.0)
-                metrics[prefix + name] += value * len(x) / len(part)
+                metrics[prefix + name] = metrics.get(prefix + name, 0) + value * len(x) / len(part)
         metrics[f"{prefix}psnr"] = 10 * math.log10(255 ** 2 / max(metrics[f"{prefix}mse"], 1e-9))
     some = data.test[spread(len(data.test), 10)][0]
     if run.args.model == "vqvae" and "distortion" in metrics:
@@ -441,7 +440,7 @@ class Data:
         self.facts = {"size": list(self.array.shape[1:]), "classes": self.classes,
                       "images": [len(self.train), len(self.valid), len(self.test)],
                       "digest": digest(self.array, self.part, *self.train.labels),
-                      # All equal images have no variance.
+                      # Images that are all of one colour have no variance.
                       "variance": max(square - mean ** 2, 1.0) / 255 ** 2}
 
     def few(self, count=4):
@@ -474,7 +473,7 @@ def load_data(run):
         raise ValueError(f"--data {args.data}, --size {args.size}: images of {height} x {width}; "
                          f"sides must be multiples of {STRIDE}; --size S scales images in folders")
     check_batch(len(data.train), max(args.batch_size, args.prior_batch_size or 1),
-                f"--data {args.data}", "--batch-size, --prior-batch-size")
+                f"--data {args.data or 'demo'}", "--batch-size, --prior-batch-size")
     run.say("{} training, {} validation, {} test images of {} x {} x {}".format(
         *data.facts["images"], *data.facts["size"]))
     return data
@@ -510,7 +509,7 @@ def load_folder(run, path):
     def look_up(known, names):
         stray = [file for file, name in zip(paths, names) if name not in known]
         if stray:
-            raise ValueError(f"{stray[0]}: in none of the folders {', '.join(list(known)[:9])}")
+            raise ValueError(f"{stray[0]}: in no training folder: {', '.join(list(known)[:9])}")
         return [known[name] for name in names]
     parts = [0] * len(files)
     if any(folder[0].lower() in PARTS for folder in folders):
@@ -542,10 +541,10 @@ def read_image(file, size=None, mode="RGB"):
     from PIL import Image, ImageOps
     with reading(file), Image.open(file) as image:
         if image.mode[0] in "IF":                      # convert() would cut off all above 255
-            raise ValueError("more than 8 bits per pixel: convert it to 8 bits")
+            raise ValueError("more than 8 bits per channel: convert it to 8 bits")
         if size:
             image.draft(mode, size[::-1])              # a JPEG is scaled while it is decoded
-        image = ImageOps.exif_transpose(image)         # the side up that the camera had
+        image = ImageOps.exif_transpose(image)         # upright, as EXIF says
         if "A" in image.getbands() or "transparency" in image.info:
             image = image.convert("RGBA")              # on white
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -578,8 +577,8 @@ def load_file(path):
         if a is not None and (a.shape != (N,) or a.dtype.kind not in kind):
             raise ValueError(f"{path}: {name} {a.dtype}{a.shape}; must be ({N},), one for each "
                              f"image or clip: integers, or words of {', '.join(PARTS)}")
-    with reading(f"{path}: split"):                    # a word that is none of these
-        part = np.array([PARTS[word] for word in split.tolist()]).repeat(clip)
+    with reading(f"{path}: split, of words {', '.join(PARTS)}"):
+        part = np.array([PARTS[word.lower()] for word in split.tolist()]).repeat(clip)
     if labels is not None:  # a class is a value that occurs: a label of 300,000 is one class
         classes, labels = np.unique(labels.repeat(clip), return_inverse=True)
     return Data(images.reshape(-1, *images.shape[-3:]), cut(path, np.arange(N).repeat(clip), part),
@@ -634,7 +633,7 @@ def make_parser():
     flag("--size", type=number(int, "multiple of 4", lambda n: n > 0 == n % STRIDE),
          help="side of the demo's images (32); those in folders are cropped and scaled to it")
     flag("--demo-images", type=positive(int), default=16000, help="training images of the demo")
-    flag("--data-dir", default="data", help="where --data cifar10 lies, or is downloaded to")
+    flag("--data-dir", default="data", help="folder of the CIFAR-10 archive, or for its download")
     flag("--temperature", type=positive(float), help="of samples (1): below 1 less varied")
     flag("--sample", type=positive(int), metavar="N", help="draw N images from the run in --out")
     flag("--label", metavar="CLASS", help="with --sample: the class (default: all in turn)")
@@ -669,7 +668,7 @@ def demo_images(count, seed=0, size=64):
 
 
 def render(label, scene, size):
-    """Ray-trace scenes with one kind of solid: two rays a pixel each way, one light, shadows."""
+    """Ray-trace scenes with one kind of solid: two rays per pixel each way, one light, shadows."""
     n, rays = len(scene["x"]), 2 * size
     s = {k: v.astype(np.float32)[:, None] for k, v in scene.items()}       # (n, 1)
     u = (np.arange(rays, dtype=np.float32) + 0.5) / rays * 2 - 1

@@ -122,9 +122,9 @@ def vqvae_loss(net, x, num_codes):
 
 
 def prior_loss(net, z, action, hidden=0.0):
-    """-log p(z_t | z_<t, a_(t-1)), teacher-forced: the frames before, z[:, :-1], are recorded ones.
+    """-log p(z_t | z_<t, a_(t-1)), teacher-forced: the frames before, z[:, :-1], are recorded.
     z (B, GIVEN + 1, h, w); action (B,) leads to the last frame, or None. A share of the actions is
-    `hidden` in training, as guidance has to know what comes without them."""
+    `hidden` in training: guidance needs the prediction without an action."""
     z = z.long()
     if action is not None:  # of the earlier ones the prior sees what they did, in the frames
         seen = torch.rand(action.shape, device=z.device) >= hidden * net.training
@@ -439,15 +439,16 @@ def load_parts(args, wanted=("train", "valid", "test", "unseen")):
     if args.data is None:
         return {part: demo_part(args, part) for part in wanted}, list(ACTIONS)
     frames, actions = read_arrays(args.data)
-    a, b = -2 * (len(frames) // 10), -(len(frames) // 10)
-    cut = {"train": slice(a), "valid": slice(a, b), "test": slice(b, None)}
-    return ({part: Clips(frames[n], actions[n]) for part, n in cut.items()},
-            [f"action {k}" for k in range(int(actions.max()) + 1)])
+    values, actions = actions.unique(return_inverse=True)  # an action is a value that occurs
+    n = len(frames) // 10
+    cut = {"train": slice(-2 * n), "valid": slice(-2 * n, -n), "test": slice(-n, None)}
+    return ({part: Clips(frames[rows], actions[rows]) for part, rows in cut.items()},
+            [f"action {k}" for k in values.tolist()])
 
 
 def read_arrays(path):
     """--data, .npz or a folder of .npy -> frames (N, T, 3, H, W), actions (N, T-1)."""
-    with reading(f"--data {path}"):                    # mode c: mapped, and never written back
+    with reading(f"--data {path}, frames and actions"):    # mode c: mapped, never written back
         file = {name: np.load(Path(path, f"{name}.npy"), "c", allow_pickle=False) for name in (
             "frames", "actions")} if Path(path).is_dir() else np.load(path, allow_pickle=False)
         frames, actions = np.asarray(file["frames"]), np.asarray(file["actions"])
@@ -486,7 +487,7 @@ def make_parser():
 
 ACTIONS = ("forward", "left", "right")
 STEP, TURN = 0.15, 10             # a step in widths of a corridor, a turn in degrees
-RADIUS = 0.3                      # nearer than this the walker does not come to a wall
+RADIUS = 0.3                      # the walker keeps at least this far from a wall
 MAZES = 100                       # with two, the prior memorises them: unseen ones suffer
 VIEW = np.deg2rad(60)             # half the field of view, to the sides
 EYE, WALL = 0.6, 1.2              # height of the eye and of the walls
@@ -527,7 +528,7 @@ class World:
         return np.column_stack([cells + (0, 0.5, 0.5), rng.integers(360 // TURN, size=count)])
 
     def move(self, pose, action):
-        """One action each. A wall stops the part of a step that goes into it, and no other."""
+        """One action each. A wall stops only the component of a step towards it."""
         maze, x, y, turns = pose.T
         turns = (turns + (action == 1) - (action == 2)) % (360 // TURN)
         dx, dy = (STEP * (action == 0) * f(np.deg2rad(turns * TURN)) for f in (np.cos, np.sin))

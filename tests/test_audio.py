@@ -197,7 +197,7 @@ def test_a_sheet_has_as_many_columns_as_its_longest_row(tmp_path, monkeypatch):
     from matplotlib.axes import Axes
     drawn, plot = [], Axes.plot
     monkeypatch.setattr(Axes, "plot", lambda *args, **kw: drawn.append(1) or plot(*args, **kw))
-    one, x = ("from nothing", torch.zeros(800)), torch.zeros(800)
+    one, x = ("unconditional", torch.zeros(800)), torch.zeros(800)
     audio.sheet(lambda name, write: write(io.BytesIO()), "new", 8000,
                 [[one], [("original", x), ("decoded", x)]])
     assert len(drawn) == 3, "what is decoded is missing beside its original"
@@ -718,6 +718,19 @@ def test_bad_labels_get_one_line(tmp_path, refused, text, wanted):
     assert wanted in refused("--data", data, "--labels", tmp_path / "lab")
 
 
+def test_labels_of_test_speech_alone_are_refused(tmp_path, refused, monkeypatch):
+    data = speakers(tmp_path / "data", files=12, names=("ann",))
+    heard = loaded("--data", data, "--sample-rate", "8000", tmp_path=tmp_path,
+                   monkeypatch=monkeypatch)
+    last = next(file for file in sorted(data.rglob("*.wav")) if np.array_equal(
+        audio.read_levels(8000, file), heard.levels[-8000:]))
+    (tmp_path / "lab/ann").mkdir(parents=True)
+    (tmp_path / f"lab/ann/{last.stem}.lab").write_text("0.5 a\n1.0 b\n")
+    assert "no phone in the training part" in refused(
+        "--data", data, "--labels", tmp_path / "lab", "--sample-rate", "8000"), (
+        "a table of no phones would call every code by the first of them")
+
+
 @pytest.mark.parametrize("flags, wanted", [(("--crop", "100"), "multiples of 64"),
                                            (("--strides", "2,x"), "--strides"),
                                            (("--sample-rate", "5"), "--sample-rate"),
@@ -792,12 +805,12 @@ def test_finished_run_samples_reconstructs_and_converts(tmp_path, call, refused,
     run_files = {f.name: f.read_bytes() for f in trained.iterdir()}
     save(tmp_path / "my voice.wav", np.sin(np.arange(9000) / 9), 16_000)
     text, _ = call("--sample", "5", "--temperature", "0.5", out=trained, tiny=())
-    assert text.count("new_") == 5 and str(trained / "new.png") in text
+    assert f"in {trained}: new.png and 5 sounds, new_*.wav" in text
     text, _ = call("--convert", tmp_path / "my voice.wav", "--to", "alto", out=trained, tiny=())
     call("--reconstruct", tmp_path / "my voice.wav", out=trained, tiny=())
     sounds = {f.name: len(audio.read_sound(f)[0]) for f in trained.glob("*.wav")
               if f.name not in run_files}
-    assert {sounds.pop(f"new_{i}_from_nothing.wav") for i in range(5)} == {2048}
+    assert {sounds.pop(f"new_{i}_unconditional.wav") for i in range(5)} == {2048}
     assert sounds.pop("new_0_decoded_as_alto.wav") == 4544
     assert sounds.pop("new_0_original_my_voice.wav") == 4544
     assert (trained / "new.png").stat().st_size > 0

@@ -121,7 +121,7 @@ def test_npy_bytes_arrive_as_they_are_in_three_parts(tmp_path):
 
 def test_npz_labels_and_split_are_used(tmp_path):
     images, each = noise(12, 8, 8, 3), np.arange(12) % 3
-    split = np.array(["test"] * 5 + ["valid"] * 2 + ["train"] * 5)
+    split = np.array(["test"] * 5 + ["valid"] * 2 + ["Train"] * 5)
     np.savez(tmp_path / "a.npz", images=images, labels=each, split=split)
     data = load(tmp_path / "a.npz")
     for part, rows in ((data.test, slice(5)), (data.valid, slice(5, 7)),
@@ -441,7 +441,7 @@ BAD = {
     "split without training": (array("a.npz", images=FINE, split=np.array(["test"] * 20)),
                                ["20 held out"]),
     "unknown word in split": (array("a.npz", images=FINE, split=np.array(["exam"] * 20)),
-                              ["a.npz", "split", "exam"]),
+                              ["a.npz", "split", "exam", "train, "]),
     "text": (file("a.npy", b"hello"), ["a.npy"]),
     "torn zip": (file("a.npz", b"PK\x03\x04 and then nothing"), ["a.npz"]),
 }
@@ -629,10 +629,22 @@ class Wheel:
 
 @pytest.mark.parametrize("classes, each", [(2, 100), (13, 15), (250, 1)])
 def test_samples_cover_all_classes(classes, each):
-    data = SimpleNamespace(classes=list(range(classes)), facts={"size": [8, 8, 3]})
+    data = SimpleNamespace(classes=list(range(classes)), facts={"size": [8, 8, 3]},
+                           train=SimpleNamespace(labels=(torch.arange(classes),)))
     y, images = train_image.sample_images(fake_run(temperature=1.0), Wheel(), Wheel(), data)
     assert y.bincount(minlength=classes).tolist() == [each] * classes
     assert torch.equal(images[:, 0, 0, 0].long(), y), "each sample beside its own label"
+
+
+def test_classes_without_training_images_are_not_drawn():
+    data = SimpleNamespace(classes=["a", "b", "c"], facts={"size": [8, 8, 3]},
+                           train=SimpleNamespace(labels=(torch.tensor([2, 0, 2]),)))
+    run = fake_run(temperature=1.0)
+    run.picture = lambda *args, columns: titles.extend(columns)
+    titles = []
+    y, _ = train_image.sample_images(run, Wheel(), Wheel(), data)
+    assert y.bincount().tolist() == [100, 0, 100], "nothing was learned of the class b"
+    assert titles == ["a", "c"]
 
 
 def test_a_prior_that_knows_nothing_pays_log2_k_bits():

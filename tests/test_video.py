@@ -363,6 +363,15 @@ def save(path, frames, actions):
     return str(path)
 
 
+def test_an_action_is_a_value_that_occurs(tmp_path):
+    frames, actions = clips(20)
+    actions[:] = np.array([3, 10, 12])[actions]
+    parts, names = load_parts(argparse.Namespace(data=save(tmp_path / "a.npz", frames, actions)))
+    assert names == ["action 3", "action 10", "action 12"], "others could only be imagined untrained"
+    assert torch.equal(parts["test"].actions, torch.from_numpy(
+        np.searchsorted([3, 10, 12], actions[18:, :16])))
+
+
 @pytest.mark.parametrize("last", [0, 1])
 def test_clips_are_read_and_cut_into_training_validation_and_test(tmp_path, last):
     frames, actions = clips(20)
