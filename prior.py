@@ -9,7 +9,7 @@
 
 p(z) = prod_i p(z_i | z_1 .. z_(i-1)), for images in raster order: left to right, top to bottom.
 Training computes all factors at once: padding keeps each output from seeing its own code and
-later ones. Sampling goes code by code. To run the whole network for each would do (the tests and
+later ones. Sampling goes code by code. Running the whole network for each would do (the tests and
 the tutorial do it); `sample` computes each activation once, and draws the same codes.
 
 Shapes: codes (B, H, W) or (B, T) int64; K codes; C channels. In section 3 also L layers; S skip
@@ -49,8 +49,8 @@ def draw(logits, noise, temperature, guidance=1.0):
 def gate(x):
     """The gated activation: channels (a, b) -> tanh(a) * sigmoid(b).
 
-    Samplers make do with sigmoids (on a CPU tanh takes up to three times as long): tanh(a) is
-    2s - 1 for s = sigmoid(2a), so they compute 2 s sigmoid(b) - sigmoid(b), from a doubled a.
+    The samplers' inner steps use sigmoids only (on a CPU tanh takes up to three times as long):
+    tanh(a) is 2s - 1, s = sigmoid(2a), so they compute 2 s sigmoid(b) - sigmoid(b), given 2a.
     """
     a, b = x.chunk(2, 1)
     return a.tanh() * b.sigmoid()
@@ -61,8 +61,7 @@ def check(model, **conditions):
     for name, (given, wanted) in conditions.items():
         if (given is not None) != (wanted > 0):
             made, called = ("with", "without") if wanted else ("without", "with")
-            raise ValueError(f"this {type(model).__name__} was made {made} {name}, and is called "
-                             f"{called}")
+            raise ValueError(f"{type(model).__name__} made {made} {name}, and called {called} it")
 
 
 # == 2. PixelCNN ==============================================================================
@@ -148,7 +147,7 @@ class PixelCNN(nn.Module):
 
     Args:
         num_codes: K. channels: C, width of both stacks. num_layers: one of kernel 7, the rest of
-            kernel 5 (two rows per layer); how many a grid needs says `layers_for`.
+            kernel 5 (two rows per layer); `layers_for` says how many a grid needs.
         num_classes: > 0 for p(codes | label). cond_channels: > 0 for p(codes | map).
         num_codebooks: G > 1 for codes (B, G, H, W), the G codes of a position in order;
             logits are then (B, K, G, H, W).
@@ -208,6 +207,8 @@ class PixelCNN(nn.Module):
         B, C, G, W = batch * (1 + (guidance != 1)), self.channels, self.num_codebooks, width
         if guidance != 1 and any(x is not None and len(x) != B for x in (labels, cond)):
             raise ValueError(f"guidance {guidance}: labels and cond need {B} rows, 2 * batch")
+        if cond is not None and cond.shape[2:] not in ((1, 1), (height, width)):
+            raise ValueError(f"cond {tuple(cond.shape)}: not a map of {height} x {width}, or 1 x 1")
         device = self.embed.weight.device
         codes = torch.zeros(height, B, W, G, dtype=torch.long, device=device)
         with torch.inference_mode():  # a fifth off the cost of a small operation
@@ -504,8 +505,7 @@ class VideoPrior(nn.Module):
         the action that leads to frame t, and the codes of frame t before (i, j)."""
         B, T = codes.shape[:2]
         n = T if last is None else last
-        actions = self.checked(codes, actions, T - 1)
-        actions = F.pad(actions, (1, 0), value=-1)     # (B, T): the one that leads to each frame
+        actions = self.checked(codes, actions, T - 1)  # (B, T): the one that leads to each frame
         cond = self.unet(self.windows(codes, T)[:, T - n:].flatten(0, 1),
                          actions[:, T - n:].flatten())
         logits = self.pixelcnn(codes[:, T - n:].flatten(0, 1), cond=cond)      # (B*n, K, H, W)
@@ -544,30 +544,29 @@ class VideoPrior(nn.Module):
         return F.relu(self.mix(F.relu(self.embed_action.weight[:, :, None, None] + pos)))
 
     def checked(self, codes, actions, length):
-        """The actions as (B, length), -1 for unknown."""
+        """The actions, -1 for unknown, behind that to the first frame: (B, 1 + length)."""
         if codes.dim() != 4:
             raise ValueError(f"codes must be (B, T, H, W), got {tuple(codes.shape)}")
         if actions is None:
-            return codes.new_full((len(codes), length), -1)
+            return codes.new_full((len(codes), 1 + length), -1)
         if not self.num_actions:
             raise ValueError("this VideoPrior was made without actions, and is called with them")
         if actions.shape != (len(codes), length):
             raise ValueError(f"actions must be ({len(codes)}, {length}), one between any two "
                              f"frames; got {tuple(actions.shape)}")
-        return actions
+        return F.pad(actions, (1, 0), value=-1)
 
     @torch.no_grad()
     def sample(self, codes, actions=None, frames=1, temperature=1.0, generator=None, guidance=1.0):
         """Continue codes (B, T, H, W) int64, T >= 0, by `frames` code maps: (B, frames, H, W).
         actions (B, T + frames - 1): those between the given frames, then those of the roll-out.
-        The U-Net runs once per frame. No pixel is needed. guidance above 1: the action counts more
-        than the model says, against "unknown" (see `draw`)."""
+        The U-Net runs once per frame. No pixel is needed. guidance above 1 strengthens the effect
+        of the action, against "unknown" (see `draw`)."""
         (B, T, H, W), n, plans = codes.shape, self.context, 1 + (guidance != 1)
         actions = self.checked(codes, actions, T + frames - 1)
         if actions.numel() and not -1 <= actions.min() <= actions.max() < self.num_actions:
             raise ValueError(f"actions must be 0 .. {self.num_actions - 1}, or -1 for unknown")
         clip = F.pad(codes, (0, 0, 0, 0, n, 0), value=self.num_codes)  # as in `windows`
-        actions = F.pad(actions, (1, 0), value=-1)
         for t in range(T, T + frames):
             before, action = clip[:, t:t + n].permute(0, 2, 3, 1), actions[:, t]
             wanted = action, torch.full_like(action, -1)               # and the action unknown

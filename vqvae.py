@@ -100,15 +100,17 @@ class VectorQuantizer(nn.Module):
         beta: weight of the commitment term; 0.25 in all the paper's experiments.
         num_codebooks: G. The channels are cut into G slices of D, each with a codebook of its
             own: G latents at every position (the 10 in sec. 3.2's 8 x 8 x 10, say).
-        data_init: start the codebook from encoder outputs of the first training batch. The paper
-            does not say how it starts; False is uniform in [-1/K, 1/K].
+        data_init: initialise the codebook with encoder outputs of the first training batch. The
+            paper does not say how; False is uniform in [-1/K, 1/K].
         restart_after: a code is dead once restart_after * K latents in a row have chosen others,
             and is moved to an encoder output of that batch. A batch counts as 4 K at most: what is
             rare is absent from many batches. Not in the paper; 0 is the paper's rule, under
-            which a code that starts in the wrong place stays there.
+            which a code that begins in the wrong place stays there. See also reset_moments.
 
-    Input (B, G*D, ...), any number of axes after the channels; ValueError for another number of
-    channels. Works in float32, also under autocast: in bfloat16 near neighbours change places.
+    Input (B, G*D, ...), any number of axes after the channels, at least one latent; ValueError for
+    another number of channels. Works in the codebook's dtype, also under autocast: keep that
+    float32 or float64, as bfloat16 confuses near neighbours, and counts of EMA stop at 256.
+    Over several processes all must bring the same number of latents (drop_last=True).
     """
 
     def __init__(self, num_codes, code_dim, beta=0.25, num_codebooks=1, data_init=True,
@@ -121,8 +123,8 @@ class VectorQuantizer(nn.Module):
         self.codebook = nn.Parameter(table.uniform_(-1 / num_codes, 1 / num_codes))
         # In the state dict: a resumed model must not be initialised again.
         self.register_buffer("initialized", torch.tensor(not data_init))
-        self.ready = not data_init                     # the same, asked without waiting for a GPU
-        # How many latents have chosen other codes since one chose this.    (G*K)
+        self.ready = not data_init                     # a Python copy: no GPU has to be waited for
+        # How many latents came since one last chose this code.        (G*K)
         self.register_buffer("unused", torch.zeros(len(table), dtype=torch.long))
         self.register_buffer("moved", self.unused > 0, persistent=False)   # since the last step
 
@@ -172,7 +174,7 @@ class VectorQuantizer(nn.Module):
             parts = [torch.empty_like(z) for _ in range(world)]
             dist.all_gather(parts, z.contiguous())
             z = torch.cat(parts, 1)
-        # A generator of its own: the same rows in every process, and the global one is not moved.
+        # A generator of its own: the same rows in every process, the global one untouched.
         generator, K = torch.Generator().manual_seed(0), self.num_codes
         z = z[:, torch.randperm(z.shape[1], generator=generator)[:2 ** 15].to(z.device)]
         if z.shape[1] < K:  # add copies, moved a little: equal codes would tie for ever
@@ -192,12 +194,12 @@ class VectorQuantizer(nn.Module):
     def restart_dead_codes(self, z, rows):
         """Move dead codes to vectors of this batch: z (G, N, D), and the rows (G, N) they chose.
 
-        The outputs of a new encoder are so alike that a few codes do for all; the others are left
-        behind as they spread. All processes count together, and move the same codes to the
+        The outputs of a new encoder are so alike that a few codes serve them all; the others are
+        left behind as these spread. All processes count together, and move the same codes to the
         same vectors of the joint batch. No random number is drawn, and no GPU has to wait.
         """
         (G, N, _), (rank, world) = z.shape, processes()
-        self.unused += min(N * world, 4 * self.num_codes)              # many are of one image
+        self.unused += min(N * world, 4 * self.num_codes)              # of one image: alike
         self.unused.index_fill_(0, rows.flatten(), 0)
         start = rows.sum(1, keepdim=True)              # (G, 1)  modulo N as good as random
         if world > 1:  # a code that any process has used is 0 now, in all of them
@@ -216,7 +218,7 @@ class VectorQuantizer(nn.Module):
         self.move(dead.flatten(), new.flatten(0, 1))
 
     def move(self, which, to):
-        """Codes `which` (G*K) bool to the vectors `to` (G*K, D), with no past."""
+        """Codes `which` (G*K) bool to the vectors `to` (G*K, D); their counts begin anew."""
         self.codebook.copy_(torch.where(which.unsqueeze(1), to, self.codebook))
         self.unused.masked_fill_(which, 0)
         self.moved |= which
@@ -258,7 +260,7 @@ class VectorQuantizer(nn.Module):
 
 
 class VectorQuantizerEMA(VectorQuantizer):
-    """The same quantiser, its codebook a moving average of what it is chosen for: A.1, eqs. 6-8.
+    """The same quantiser; a code is a moving average of the outputs that chose it: A.1, eqs. 6-8.
 
     gamma is the decay: 0.99 was found "to work well in practice". The codebook is a buffer, which
     the optimiser never sees. It moves in training mode only.
@@ -314,16 +316,14 @@ def processes():
 def count_codes(codes, num_codes, num_codebooks=1):
     """How often each code occurs: codes (B, ...) or (B, G, ...) -> (G*K,) int64."""
     codes = codes.unsqueeze(1) if num_codebooks == 1 else codes
-    codes = codes.transpose(0, 1).flatten(1)                           # (G, N)
     first = torch.arange(num_codebooks, device=codes.device).unsqueeze(1) * num_codes
-    counts = torch.zeros(num_codebooks * num_codes, dtype=torch.long, device=codes.device)
-    rows = (codes + first).flatten()
-    return counts.index_add_(0, rows, torch.ones_like(rows))
+    rows = (codes.transpose(0, 1).flatten(1) + first).flatten()        # (G*N,)
+    return rows.new_zeros(num_codebooks * num_codes).index_add_(0, rows, torch.ones_like(rows))
 
 
 def perplexity(counts):
     """exp of the entropy of code frequencies: K (for G codebooks G K) if all are equally frequent,
-    1 if only one is used. For counts over a whole data set: a batch has too few latents."""
+    1 (G) if only one is used. For counts over a whole data set: a batch has too few latents."""
     return torch.special.entr(counts / counts.sum()).sum().exp()
 
 
@@ -364,6 +364,9 @@ class Encoder(nn.Sequential):
         super().__init__(*layers, *(ResidualBlock(hidden, res_hidden, ndim) for _ in range(2)),
                          nn.ReLU(inplace=True), CONV[ndim](hidden, out_channels, 1))
 
+    def forward(self, x):
+        return super().forward(x.to(self[0].weight.dtype))             # float64 if the model is
+
 
 class Decoder(nn.Sequential):
     """z_q (B, in_channels, ...) -> parameters of p(x|z_q), (B, out_channels, ...).
@@ -389,7 +392,7 @@ class Gaussian:
     """p(x|z) = N(x; decoder output, sigma^2 I), x scaled to [-0.5, 0.5]: "MSE over pixels".
 
     The paper leaves sigma free, and with it the scale of eq. 3's first term. With 2 sigma^2 the
-    variance of the training data, a model that outputs the mean of all pixels scores 1 a dimension.
+    variance of the training data, a model that outputs the mean pixel scores 1 per dimension.
     """
 
     outputs = 1  # decoder channels for each channel of x
@@ -418,9 +421,8 @@ class Categorical:
     def init_logits(self, layer):
         """Initialise a decoder's last, transposed convolution as if p(x|z) were a Gaussian.
 
-        Not in the paper. A softmax has no order of intensities. These weights give it
-        one: the bias is a wide bell, a cosine of half a period moves it to darker or
-        brighter, one of a whole period makes it narrower or wider. All 256 logits stay free.
+        Not in the paper. A softmax has no order of intensities. These weights give it one: the bias
+        is a wide bell, a cosine of half a period moves it, one of a whole period widens it.
         """
         level = (torch.arange(256) + 0.5) / 256                        # 0 .. 1
         inputs, outputs, *window = layer.weight.shape                  # outputs = C * 256
@@ -476,7 +478,7 @@ class Logistics:
     def mixture(self, out):
         """(B, C * 3 * M, H, W) -> log weight, m, log s, (B, C, M, H, W) each, in float32."""
         weight, mean, log_s = out.float().unflatten(1, (-1, 3, self.mixtures)).unbind(2)
-        # Below e^-8 all is in one byte already; above e^8 all is in the tails.
+        # Below e^-8 over 99 % is in one byte; above e^8 all is in the tails.
         return weight.log_softmax(2), mean, log_s.clamp(-8, 8)
 
     def nll(self, out, x):
@@ -511,7 +513,8 @@ def to_unit(x):
 # == 4. The VQ-VAE (sec. 3) ===================================================================
 
 class Output(NamedTuple):
-    """What a model returns. -log p(x) <= nll + rate, in nats (Gaussian: but for a constant)."""
+    """What a model returns. -log p(x) <= nll + rate, in nats (Gaussian: but for a constant; VAE,
+    VIMCO: on average over z)."""
 
     loss: torch.Tensor   # scalar to minimise: per latent, per number of x or per example
     nll: torch.Tensor    # (B,)  distortion: -log p(x|z)
@@ -567,7 +570,7 @@ class VQVAE(nn.Module):
 
     @torch.no_grad()
     def encode(self, x):
-        """uint8 (B, C, H, W) -> codes (B, h, w), or (B, G, h, w)."""
+        """uint8 (B, C, H, W) -> codes (B, h, w), or (B, G, h, w). Call eval() first."""
         return self.quantizer(self.encoder(to_unit(x))).codes
 
     @torch.no_grad()
@@ -606,7 +609,7 @@ def bits_per_dim(model, images, batch=32):
 
 @torch.no_grad()
 def likelihood_gap(model, x, nearest=1, batch=64):
-    """How much -log p(x) is below -log p(x, z_q(x)), at least: in nats, for one image (C, H, W).
+    """How far -log p(x) is below -log p(x, z_q(x)), at least: in nats, of an image (C, H, W).
 
     Sec. 3.2 keeps one term of log sum_z p(x|z) p(z), for "the decoder should not allocate any
     probability mass to p(x|z) for z != z_q(x) once it has fully converged". Here those N * nearest
@@ -619,11 +622,10 @@ def likelihood_gap(model, x, nearest=1, batch=64):
     e = vq.codebook.view(vq.num_codebooks, vq.num_codes, vq.code_dim)
     distance = torch.cdist(vq.to_vectors(z_e), e).flatten(0, 1)        # (N, K), N = G*h*w
     distance.scatter_(1, codes.view(-1, 1), math.inf)  # the code that is in z_q already
-    others = distance.topk(nearest, largest=False).indices             # (N, nearest)
-    z = codes.flatten().repeat(others.numel(), 1)      # (N * nearest, N)
-    changed = torch.arange(len(z), device=z.device)
-    z[changed, changed // nearest] = others.flatten()
-    z = torch.cat([codes.view(1, -1), z]).view(-1, *codes.shape[1:])
+    others = distance.topk(min(nearest, vq.num_codes - 1), largest=False).indices  # (N, nearest)
+    z = codes.view(1, -1).repeat(1 + others.numel(), 1)                # row 0 is z_q(x)
+    z[1:].unflatten(0, others.shape).diagonal(0, 0, 2).copy_(others.t())
+    z = z.view(-1, *codes.shape[1:])
     nll = torch.cat([model.likelihood.nll(model.decoder(vq.lookup(part)),
                                           x.expand(len(part), -1, -1, -1))
                      for part in z.split(batch)])
@@ -858,7 +860,7 @@ def launch(parser, load_data, main, use=None):
     """What `python train_x.py` does: main(run, data), the experiment, or use(args) on a finished
     run if one of the flags in parser.uses is given.
 
-    Bad luck ends here, in one line: what loaders find wrong (ValueError), what the operating
+    Errors end here, in one line: what loaders find wrong (ValueError), what the operating
     system and the allocator refuse, and in the rehearsal what would fail after hours.
     """
     for stream in filter(None, (sys.stdout, sys.stderr)):
@@ -1019,7 +1021,7 @@ class Run:
                      f"is {str(facts.get(name))[:80]}")
 
     def rehearse(self, main, few):
-        """The whole experiment on a handful of examples, one step a stage, into a folder that is
+        """The whole experiment on a handful of examples, one step per stage, into a folder that is
         thrown away: what would fail after hours fails now. No random number is moved."""
         twin = copy(self)
         twin.rehearsing, twin.rows, twin.world = True, {}, 1           # each process for itself
@@ -1048,7 +1050,7 @@ class Run:
         except OSError as e:
             stop(f"--out {self.out} cannot be written: {e.strerror}")
         if not self.saved and any(self.out.glob("checkpoint*.pt")):
-            # Forgetting --resume must not cost a run: everything of it moves aside.
+            # Forgetting --resume must not cost a run: its files are moved aside.
             old = next(d for n in itertools.count(1) if not (d := self.out / f"old-{n}").exists())
             old.mkdir()
             for file in filter(Path.is_file, list(self.out.iterdir())):
@@ -1069,7 +1071,7 @@ class Run:
         data, valid: data sets that answer a list of indices with a whole batch, a tuple of CPU
         tensors (torch.utils.data.TensorDataset does). loss(net, *batch) -> (scalar, stats), net
         being the model, wrapped if there are several processes. stats maps names to tensors:
-        scalars are averaged for the log; vectors are counts, and it says how many are not zero.
+        scalars are averaged for the log; of vectors, counts, it says how many are not zero.
         valid is measured some 20 times; --keep best keeps the weights that were best on it.
         Returns the model in eval mode and frozen: from now on it builds no graph.
         """
@@ -1433,7 +1435,7 @@ def prepare(run, source, key, read, files, item_shape):
         temporary = file.with_suffix(f".{os.getpid()}.tmp")
         with open(temporary, "wb") as f:
             lengths = json.dumps(decode(run, source, read, files, f)).encode()
-            f.write(lengths + b"%16d" % len(lengths))  # and how long that is, in 16 letters
+            f.write(lengths + b"%16d" % len(lengths))  # and its length, in 16 characters
         for stale in file.parent.glob(f"{name.split('-')[0]}-*"):      # other files, other flags
             if stale.suffix == ".bin" or time.time() - stale.stat().st_mtime > 3600:   # or torn
                 stale.unlink()
@@ -1544,9 +1546,9 @@ def mix(*parts):
 
 
 def schedule(step, steps, decay):
-    """Factor on the learning rate: a line up over the first 100 steps (a quarter of a short run),
-    then 1, then a line down to zero over the last part, `decay`. Without the way up, Adam's first
-    steps carry the encoder's outputs away from a codebook just started there, and codes die."""
+    """Factor on the learning rate: linear warm-up over 100 steps (a quarter of a short run), then
+    1, then linear decay to zero over the last part, `decay`. Without warm-up Adam's first steps
+    carry the encoder's outputs away from a codebook just initialised with them, and codes die."""
     up = (step + 1) / min(100, 1 + steps // 4)
     down = (steps - step) / (decay * steps) if decay > 0 else 1.0
     return min(1.0, up, down)

@@ -332,6 +332,19 @@ def test_likelihood_gap_sums_what_differs_from_z_q_in_one_latent(G):
         "fewer neighbours add less, and none adds more than the whole sum over z")
 
 
+@pytest.mark.parametrize("K", [1, 2])
+def test_likelihood_gap_counts_no_code_twice(K):
+    torch.manual_seed(0)
+    model = VQVAE(VectorQuantizer(K, 4), Categorical(), hidden=8, res_hidden=8).eval()
+    x = torch.randint(256, (3, 4, 4), dtype=torch.uint8)               # one latent
+    with torch.no_grad():
+        nll = torch.stack([model.likelihood.nll(model.decoder(model.quantizer.lookup(
+            torch.full((1, 1, 1), k))), x[None])[0] for k in range(K)])
+    gap = nll[model.encode(x[None]).item()] + (-nll).logsumexp(0)      # all of the K terms
+    assert likelihood_gap(model, x, nearest=4).item() == pytest.approx(gap.item(), abs=1e-3), (
+        "there are only K - 1 other codes")
+
+
 def test_likelihood_gap_takes_the_codes_next_in_distance():
     model, x = vq(K=6), images(1, 4, 4)[0]
     codes, log_joint = every_z(model, x)

@@ -161,3 +161,11 @@ def test_bf16_autocast_trains(kind):
     y.loss.backward()
     assert y.loss.dtype == torch.float32 and y.loss.isfinite()
     assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_a_vqvae_runs_in_float64():
+    torch.manual_seed(0)
+    model = VQVAE(VectorQuantizer(8, 4), Gaussian(), hidden=8, res_hidden=8).eval()
+    x = torch.randint(256, (2, 3, 8, 8), dtype=torch.uint8)
+    single, double = model(x).out, model.double()(x).out
+    assert double.dtype == torch.float64 and torch.allclose(single.double(), double, atol=1e-4)

@@ -116,6 +116,13 @@ def test_guidance_with_one_condition_for_two_is_a_value_error():
         cnn.sample(1, 3, 3, labels=torch.tensor([1]), guidance=2.0)
 
 
+@pytest.mark.parametrize("shape", [(8, 4), (4, 3), (2, 4)])
+def test_a_map_of_another_size_than_the_samples_is_a_value_error(shape):
+    cnn = PixelCNN(5, 8, 2, cond_channels=2)
+    with pytest.raises(ValueError, match="not a map of 4 x 4"):
+        cnn.sample(1, 4, 4, cond=torch.zeros(1, 2, *shape))            # its first rows, say
+
+
 @pytest.mark.parametrize("made, called, word", [
     ({}, {"labels": torch.tensor([0])}, "labels"), ({"num_classes": 2}, {}, "labels"),
     ({}, {"cond": torch.zeros(1, 2, 3, 3)}, "cond"), ({"cond_channels": 2}, {}, "cond")])
