@@ -199,7 +199,7 @@ class VectorQuantizer(nn.Module):
         same vectors of the joint batch. No random number is drawn, and no GPU has to wait.
         """
         (G, N, _), (rank, world) = z.shape, processes()
-        self.unused += min(N * world, 4 * self.num_codes)              # of one image: alike
+        self.unused += min(N * world, 4 * self.num_codes)           # one image's are alike
         self.unused.index_fill_(0, rows.flatten(), 0)
         start = rows.sum(1, keepdim=True)              # (G, 1)  modulo N as good as random
         if world > 1:  # a code that any process has used is 0 now, in all of them
@@ -624,7 +624,7 @@ def likelihood_gap(model, x, nearest=1, batch=64):
     distance.scatter_(1, codes.view(-1, 1), math.inf)  # the code that is in z_q already
     others = distance.topk(min(nearest, vq.num_codes - 1), largest=False).indices  # (N, nearest)
     z = codes.view(1, -1).repeat(1 + others.numel(), 1)                # row 0 is z_q(x)
-    z[1:].unflatten(0, others.shape).diagonal(0, 0, 2).copy_(others.t())
+    z[1:].unflatten(0, others.shape).diagonal(0, 0, 2).copy_(others.t())  # row (n, i): latent n
     z = z.view(-1, *codes.shape[1:])
     nll = torch.cat([model.likelihood.nll(model.decoder(vq.lookup(part)),
                                           x.expand(len(part), -1, -1, -1))
