@@ -39,10 +39,10 @@ PAPER = dict(steps=500_000, prior_steps=250_000, batch_size=16, lr=2e-4, sample_
              hidden=256, channels=64, skip_channels=256, layers=30, cycle=10, past_dropout=0.0,
              prior_channels=256, crop=10_240, clip=40_960, test_clips=10, temperature=0.8)
 PRESETS = {
-    # 8 kHz -> 125 codes of 7 bits per second. The decoder looks back 256 samples, less than half a
+    # 8 kHz -> 125 codes of 6 bits per second. The decoder looks back 256 samples, less than half a
     # phone: it keeps up the pitch; what is said comes from the codes. Many short crops teach most.
     "demo": dict(steps=6000, prior_steps=250, batch_size=32, lr=4e-3, lr_decay=0.5, codebook="ema",
-                 sample_rate=8000, strides=(2,) * 6, num_codes=128, code_dim=8, hidden=64,
+                 sample_rate=8000, strides=(2,) * 6, num_codes=64, code_dim=8, hidden=64,
                  channels=32, skip_channels=64, layers=8, cycle=8, past_dropout=0.1,
                  prior_channels=64, crop=256, clip=16_000, test_clips=40, temperature=0.65),
     # "6 strided convolutions with stride 2": 64x. Widths, batch, crop, steps are not in the paper.
