@@ -8,9 +8,8 @@
     python train_audio.py --reconstruct me.wav     your recording through the codes,
     python train_audio.py --convert me.wav --to alto              and in another voice
 
-(1) Reconstruction by sampling the decoder, (2) a prior over the codes and speech from it, (3)
-conversion by another speaker's one-hot, (4) each code read as its most likely phone. --out
-(runs/audio) receives pictures, WAVs, numbers (see .github/DATA.md), log.csv and checkpoints.
+(1) Reconstruction by sampling the decoder, (2) a prior and speech from it, (3) conversion by
+another speaker's one-hot, (4) codes read as phones. --out (runs/audio): see .github/DATA.md.
 """
 
 import math
@@ -73,15 +72,18 @@ def main(run, data):
     clips = Clips(*some, in_batches(vqvae.encode, run.device, 16, some[0]))
     metrics = rates(run, vqvae, prior, data, codes, clips)
 
-    # Experiments 1 and 3: the codes of each clip are decoded in its own voice, column 0, and in
+    # Experiments 1 and 3, fig. 6: each clip's codes are decoded in its own voice, column 0, and in
     # others. "The reconstruction has the same content", and in another voice should have it still.
     voices = (clips.speaker[:, None] + torch.arange(min(8, S))) % S    # (M, V)
     drawn = draw(run, vqvae, clips.codes, voices)      # (M, V, T)
-    save_reconstructions(run, data, clips, voices, drawn)
+    names, rate = data.speakers, data.rate
+    sheet(run.write, "reconstructions", rate, [
+        [(f"original: {names[clips.speaker[i]]}", to_wave(clips.levels[i], rate))]
+        + [(f"decoded as {names[s]}", to_wave(x, rate)) for s, x in zip(voices[i], drawn[i, :2])]
+        for i in spread(len(voices), 4)])
     metrics |= judge_speech(run, judge, data, clips, voices, drawn)
     metrics |= draw_samples(run, vqvae, prior, judge, data, clips)     # experiment 2
-    if data.phones:                                    # experiment 4
-        metrics |= read_phones(run, data, codes)
+    metrics |= read_phones(run, data, codes) if data.phones else {}    # experiment 4
     run.finish(metrics)
 
 
@@ -198,22 +200,13 @@ def draw(run, vqvae, codes, voices):
                       256, codes.repeat_interleave(V, 0), voices.flatten()).view(M, V, -1)
 
 
-def save_reconstructions(run, data, clips, voices, drawn):
-    """The paper's fig. 6, for four clips: of different speakers, if there are so many."""
-    sheet(run.write, "reconstructions", data.rate, [
-        [(f"original: {data.speakers[clips.speaker[i]]}", to_wave(clips.levels[i]))]
-        + [(f"decoded as {data.speakers[s]}", to_wave(x)) for s, x in zip(voices[i], drawn[i, :2])]
-        for i in spread(len(voices), 4)])
-
-
 def draw_samples(run, vqvae, prior, judge, data, clips):
-    """Experiment 2: codes from the prior, x ~ p(x | codes, speaker). "Samples contain clear words":
-    those of the demo's language can be counted."""
+    """Experiment 2: codes from the prior, x ~ p(x | codes, speaker); the demo's words counted."""
     generator, who = torch.Generator(run.device).manual_seed(run.args.seed), clips.speaker
     codes = prior.sample(len(who), clips.codes.shape[1], generator=generator).cpu()
     drawn = draw(run, vqvae, codes, who[:, None])[:, 0]                # (M, T)
-    sheet(run.write, "samples", data.rate, [[(f"voice {data.speakers[who[i]]}", to_wave(drawn[i]))]
-                                            for i in spread(len(who), 4)])
+    sheet(run.write, "samples", data.rate, [[(f"voice {data.speakers[who[i]]}", to_wave(
+        drawn[i], data.rate))] for i in spread(len(who), 4)])
     return {} if run.args.data else {"word_share_samples": word_share(run, judge, drawn),
                                      "word_share_original": word_share(run, judge, clips.levels)}
 
@@ -291,7 +284,7 @@ class Judge(nn.Sequential):
         super().__init__(*(layer for width in (32, hidden, hidden) for layer in (
             nn.Conv1d(width, hidden, 5, padding=2), nn.ReLU())),
             nn.Conv1d(hidden, speakers + phones, 1))
-        self.speakers, self.step = speakers, rate // 100
+        self.speakers, self.rate, self.step = speakers, rate, rate // 100
         top, f = 2595 * math.log10(1 + rate / 1400), torch.linspace(0, rate / 2, 129)
         edges = 700 * (10 ** (torch.linspace(0, top, 34) / 2595) - 1)  # Hz, even on the mel scale
         rise = (f - edges[:-1, None]) / edges.diff()[:, None]          # from each to the next
@@ -299,9 +292,10 @@ class Judge(nn.Sequential):
 
     def forward(self, x):
         """(B, T) levels -> logits of the speakers (B, S) and of the phones (B, P, frames)."""
-        x = to_wave(x)
-        if self.training:                              # else hiss would pass for a fricative
-            x = x + 0.06 * torch.rand(len(x), 1, device=x.device) ** 2 * torch.randn_like(x)
+        x = to_wave(x, self.rate)
+        if self.training:  # else hiss would pass for a fricative, and a rumble for the bass
+            hiss, share, kind = torch.randn_like(x), *torch.rand(2, len(x), 1, device=x.device)
+            x = x + 0.06 * share ** 2 * torch.where(kind < 0.5, hiss, lower(hiss, self.rate) / 2)
         out = super().forward((self.mel @ spectrum(x, self.step) + 0.03).log())
         return out[:, :self.speakers].mean(2), out[:, self.speakers:]
 
@@ -384,8 +378,9 @@ class Trained(namedtuple("Trained", "vqvae prior speakers args device")):
         for name in {*names} - {*self.speakers}:
             raise ValueError(f"no speaker {name} in this run, but {', '.join(self.speakers[:20])}")
         who = torch.tensor([self.speakers.index(name) for name in names], device=self.device)
-        return to_wave(self.vqvae.sample(codes.to(self.device), who,
-                                         temperature or self.args.temperature, generator).cpu())
+        x = self.vqvae.sample(codes.to(self.device), who, temperature or self.args.temperature,
+                              generator)
+        return to_wave(x.cpu(), self.args.sample_rate)
 
     def sample(self, n, speaker=None, seconds=2.0, temperature=None, generator=None):
         """n waves (n, T): codes from the prior, decoded in that voice or in all in turn."""
@@ -424,7 +419,8 @@ def use(args):
         x, codes = model.encode(*read_sound(file))
         name = args.to or model.likeliest_voice(x, codes)
         y = model.decode(codes[None], name, args.temperature, generator)[0]
-        rows.append([(f"original: {Path(file).stem}", to_wave(x.cpu())), (f"decoded as {name}", y)])
+        rows.append([(f"original: {Path(file).stem}", to_wave(x.cpu(), rate)),
+                     (f"decoded as {name}", y)])
     sheet(lambda name, writer: write_file(Path(args.out, name), writer), "new", rate, rows)
     say(f"in {args.out}: new.png and {sum(map(len, rows))} sounds, new_*.wav")
 
@@ -441,12 +437,17 @@ def to_levels(x):
     return mu_law(y * 0.12 / loud.mean().sqrt().clamp(min=1e-3))
 
 
-def to_wave(levels):
-    """Levels (..., T) -> float32 (..., T) in [-1, 1], the frequencies as they were."""
-    y = inverse_mu_law(levels)
-    echo = EMPHASIS ** torch.arange(127, -1, -1, device=y.device).float()
-    x = F.conv1d(F.pad(y.reshape(-1, 1, y.shape[-1]), (127, 0)), echo.view(1, 1, -1))
-    return (0.3 * x).clamp(-1, 1).view(y.shape)
+def to_wave(levels, rate):
+    """Levels (..., T) -> float32 (..., T) in [-1, 1], high frequencies lowered again."""
+    return (0.3 * lower(inverse_mu_law(levels), rate)).clamp(-1, 1)
+
+
+def lower(y, rate):
+    """The pre-emphasis undone in y (..., T). Below 60 Hz noise would rumble, no voice: left out."""
+    n = y.shape[-1] + 256                              # silence for echoes of the end to fade in
+    f = torch.fft.rfftfreq(n, 1 / rate, device=y.device)
+    gain = 1 / (1 + (60 / f) ** 8) / (1 - EMPHASIS * torch.exp(-2j * math.pi * f / rate))
+    return torch.fft.irfft(torch.fft.rfft(y, n) * gain, n)[..., :y.shape[-1]]
 
 
 def mu_law(x):

@@ -107,7 +107,7 @@ def test_mu_law_error_is_small_near_zero():
 
 def test_levels_come_back_as_the_waveform_but_for_its_loudness():
     x = torch.from_numpy(audio.demo_speech(4, seconds=1.0)[0][3])
-    y = audio.to_wave(audio.to_levels(x))
+    y = audio.to_wave(audio.to_levels(x), 8000)
     gain = (x * y).sum() / (x * x).sum()
     assert (y - gain * x).square().mean() < 0.01 * y.square().mean()
     louder = audio.to_levels(0.1 * x)
@@ -122,9 +122,24 @@ def test_pre_emphasis_puts_the_noise_of_mu_law_below_the_speech_at_high_frequenc
     def noise(y):                                      # above 2 kHz, where x has nothing
         return torch.fft.rfft(y * torch.hann_window(8000)).abs()[2000:].square().sum()
     plain = audio.inverse_mu_law(audio.mu_law(x))
-    y = audio.to_wave(audio.to_levels(x))
+    y = audio.to_wave(audio.to_levels(x), 8000)
     gain = (x * y).sum() / (x * x).sum()
     assert noise(y / gain) < 0.5 * noise(plain)
+
+
+def test_lower_undoes_the_pre_emphasis_and_leaves_out_what_is_below_60_hz():
+    t = torch.arange(8000) / 8000
+    for hz, least, most in ((10, 0, 1e-3), (40, 0, 0.05), (90, 0.95, 1), (1000, 0.999, 1.001)):
+        x = (2 * math.pi * hz * t).sin()
+        y = audio.lower(x - audio.EMPHASIS * F.pad(x, (1, 0))[:-1], 8000)
+        found = (y * x)[2000:6000].sum() / x[2000:6000].square().sum()
+        assert least - 1e-3 <= found <= most + 1e-3, f"{hz} Hz: {found:.4f} of it came back"
+
+
+def test_speech_ends_without_an_echo_at_its_beginning():
+    x = torch.zeros(1000)
+    x[-50:] = 1.0
+    assert audio.lower(x, 8000)[:500].abs().max() < 0.02 * audio.lower(x, 8000).abs().max()
 
 
 @pytest.mark.parametrize("old, new", [(48_000, 16_000), (44_100, 16_000), (16_000, 8000),
