@@ -142,6 +142,20 @@ def test_speech_ends_without_an_echo_at_its_beginning():
     assert audio.lower(x, 8000)[:500].abs().max() < 0.02 * audio.lower(x, 8000).abs().max()
 
 
+def test_judge_is_trained_with_hiss_and_with_the_rumble_of_the_decoder(monkeypatch):
+    heard, spectrum = [], audio.spectrum
+    monkeypatch.setattr(audio, "spectrum", lambda x, step: heard.append(x) or spectrum(x, step))
+    judge, silence = audio.Judge(2, 3, 8000), torch.full((400, 4000), 128, dtype=torch.uint8)
+    judge(silence)
+    judge.eval()(silence)
+    noise, nothing = (torch.fft.rfft(x).abs().square() for x in heard)
+    low, high = (noise[:, band].mean(1) for band in (slice(40, 200), slice(1000, 2000)))
+    rumbles = low > 10 * high                          # de-emphasis: 0.15^-2 / 1.85^-2 = 150
+    assert 0.4 < rumbles.float().mean() < 0.6, "half of the examples get each kind"
+    assert (low[~rumbles] / high[~rumbles]).median() < 1.5, "hiss is white"
+    assert nothing[:, 40:].max() < 1e-3 * noise.mean(), "no noise outside training"
+
+
 @pytest.mark.parametrize("old, new", [(48_000, 16_000), (44_100, 16_000), (16_000, 8000),
                                       (8000, 16_000), (22_050, 8000), (8000, 11_025)])
 def test_resampled_sine_is_the_sine_itself(old, new):
