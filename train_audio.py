@@ -443,7 +443,7 @@ def to_wave(levels, rate):
 
 
 def lower(y, rate):
-    """The pre-emphasis undone in y (..., T). Below 60 Hz noise would rumble, no voice: left out."""
+    """Undo the pre-emphasis of y (..., T). What is below 60 Hz is left out: no voice, but rumble."""
     n = y.shape[-1] + 256                              # silence for echoes of the end to fade in
     f = torch.fft.rfftfreq(n, 1 / rate, device=y.device)
     gain = 1 / (1 + (60 / f) ** 8) / (1 - EMPHASIS * torch.exp(-2j * math.pi * f / rate))
