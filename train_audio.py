@@ -443,8 +443,8 @@ def to_wave(levels, rate):
 
 
 def lower(y, rate):
-    """Undo the pre-emphasis of y (..., T). What is below 60 Hz is left out: no voice, but rumble."""
-    n = y.shape[-1] + 256                              # silence for echoes of the end to fade in
+    """Undo the pre-emphasis of y (..., T). Below 60 Hz, where only noise rumbles, 0 is left."""
+    n = y.shape[-1] + 256                              # echoes of the end fade in silence
     f = torch.fft.rfftfreq(n, 1 / rate, device=y.device)
     gain = 1 / (1 + (60 / f) ** 8) / (1 - EMPHASIS * torch.exp(-2j * math.pi * f / rate))
     return torch.fft.irfft(torch.fft.rfft(y, n) * gain, n)[..., :y.shape[-1]]
