@@ -40,7 +40,7 @@ PAPER = dict(steps=500_000, prior_steps=250_000, batch_size=16, lr=2e-4, sample_
 PRESETS = {
     # 8 kHz -> 125 codes of 6 bits per second. The decoder looks back 256 samples, less than half a
     # phone: it keeps up the pitch; what is said comes from the codes. Many short crops teach most.
-    "demo": dict(steps=6000, prior_steps=250, batch_size=32, lr=4e-3, lr_decay=0.5, codebook="ema",
+    "demo": dict(steps=4000, prior_steps=250, batch_size=32, lr=4e-3, lr_decay=0.5, codebook="ema",
                  sample_rate=8000, strides=(2,) * 6, num_codes=64, code_dim=8, hidden=64,
                  channels=32, skip_channels=64, layers=8, cycle=8, past_dropout=0.1,
                  prior_channels=64, crop=256, clip=16_000, test_clips=40, temperature=0.65),
