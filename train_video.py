@@ -36,9 +36,9 @@ PRESETS = {
                  prior_lr=3e-3, lr_decay=0.5, codebook="ema", num_codes=128, code_dim=32, hidden=48,
                  res_hidden=32, prior_channels=32, prior_layers=2, temperature=0.7),
     # Walks of 84 x 84 x 3 -> 21 x 21 codes: one to three hours of one core.
-    "clips": dict(steps=1200, prior_steps=16_000, batch_size=16, prior_batch_size=16, lr=1e-3,
+    "clips": dict(steps=1200, prior_steps=21_000, batch_size=16, prior_batch_size=16, lr=1e-3,
                   prior_lr=2e-3, lr_decay=0.5, codebook="ema", num_codes=128, code_dim=64,
-                  hidden=64, res_hidden=32, prior_channels=48, prior_layers=4),
+                  hidden=64, res_hidden=32, prior_channels=48, prior_layers=4, guidance=2.0),
     # DeepMind Lab, 84 x 84 x 3 -> 21 x 21, K = 512; rate and steps are those of CIFAR-10.
     "paper": dict(steps=250_000, prior_steps=250_000, batch_size=128, prior_batch_size=128, lr=2e-4,
                   prior_lr=2e-4, num_codes=512, code_dim=64, hidden=128, res_hidden=32,
