@@ -35,7 +35,7 @@ PRESETS = {
     "demo": dict(steps=1100, prior_steps=8500, batch_size=32, prior_batch_size=48, lr=1e-3,
                  prior_lr=3e-3, lr_decay=0.5, codebook="ema", num_codes=128, code_dim=32, hidden=48,
                  res_hidden=32, prior_channels=32, prior_layers=2, temperature=0.7),
-    # Walks of 84 x 84 x 3 -> 21 x 21 codes: one to three hours of one core.
+    # Walks of 84 x 84 x 3 -> 21 x 21 codes: two hours of one core in bf16, more in fp32.
     "clips": dict(steps=1200, prior_steps=21_000, batch_size=16, prior_batch_size=16, lr=1e-3,
                   prior_lr=2e-3, lr_decay=0.5, codebook="ema", num_codes=128, code_dim=64,
                   hidden=64, res_hidden=32, prior_channels=48, prior_layers=4, guidance=2.0),

@@ -153,6 +153,8 @@ def test_judge_is_trained_with_hiss_and_with_the_rumble_of_the_decoder(monkeypat
     rumbles = low > 10 * high                          # de-emphasis: 0.15^-2 / 1.85^-2 = 150
     assert 0.4 < rumbles.float().mean() < 0.6, "half of the examples get each kind"
     assert (low[~rumbles] / high[~rumbles]).median() < 1.5, "hiss is white"
+    hiss, rumble = (noise[rows].mean(1).sqrt().mean() for rows in (~rumbles, rumbles))
+    assert 0.7 < rumble / hiss < 1.4, "one is as loud as the other"
     assert nothing[:, 40:].max() < 1e-3 * noise.mean(), "no noise outside training"
 
 
