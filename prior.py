@@ -457,10 +457,10 @@ class ActionBlock(nn.Module):
 class VideoPrior(nn.Module):
     """p(z_t | z_<t, a_<t) for clips of code maps z_t (H, W): sec. 4.4, p(z_1, .., z_T).
 
-    From the last `context` maps and the last action (the effects of earlier ones are in the maps)
-    a U-Net computes a feature map; a gated PixelCNN conditioned on it generates the next map. A
-    turn moves the picture by several columns, so the last map also enters through a convolution
-    whose kernel is the action's; 3x3 convolutions at a quarter of the resolution reach 20 columns.
+    From the last `context` maps and the actions that lead on from each a U-Net computes a feature
+    map; a gated PixelCNN conditioned on it generates the next map. A turn moves the picture by
+    several columns, and what leaves the view may come back: so what has been seen also enters as
+    a panorama, which every action moves by a kernel of its own.
 
     Args:
         num_codes: K. num_actions: 0 for a model without actions.
@@ -472,7 +472,7 @@ class VideoPrior(nn.Module):
     and a clip may start from nothing. Action -1, or no actions at all, means "unknown".
     """
 
-    kernel = 3, 7                                      # of action_conv: rows, columns
+    kernel = 3, 7                                      # of `move`: rows, columns
 
     def __init__(self, num_codes, num_actions=0, channels=64, num_layers=4, context=4,
                  action_channels=32):
@@ -481,7 +481,8 @@ class VideoPrior(nn.Module):
         C, E, A, taps = channels, -(-channels // 2), num_actions + 1, math.prod(self.kernel)
         self.embed = nn.Embedding(num_codes + 1, E)                    # row K: no frame
         self.enter = nn.Conv2d(context * E, C, 1)
-        self.action_conv = nn.Embedding(A, C * E * taps)               # row 0: action unknown
+        self.move = nn.Embedding(A, E * taps)          # row 0: action unknown
+        self.look = nn.Conv2d(E, C, 1)
         self.embed_action = nn.Embedding(A, action_channels)
         self.pos_embed = nn.Conv2d(2, action_channels, 1)
         self.mix = nn.Conv2d(action_channels, action_channels, 1)
@@ -497,34 +498,28 @@ class VideoPrior(nn.Module):
         for layer in self.modules():
             if isinstance(layer, nn.Conv2d):
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="linear")
-        nn.init.normal_(self.action_conv.weight, std=(E * taps) ** -0.5)
+        nn.init.dirac_(self.move.weight.data.view(A * E, 1, *self.kernel), A * E)  # nothing moves
 
     def forward(self, codes, actions=None, last=None):
         """codes (B, T, H, W), actions (B, T-1) or None -> logits (B, K, T, H, W), or with last=n
         those of the last n frames. logits[:, :, t, i, j] see the frames t - context .. t - 1,
-        the action that leads to frame t, and the codes of frame t before (i, j)."""
+        the actions that lead on from each, and the codes of frame t before (i, j)."""
         B, T = codes.shape[:2]
         n = T if last is None else last
-        actions = self.checked(codes, actions, T - 1)  # (B, T): the one that leads to each frame
-        cond = self.unet(self.windows(codes, T)[:, T - n:].flatten(0, 1),
-                         actions[:, T - n:].flatten())
+        actions = self.checked(codes, actions, T - 1)  # (B, context + T - 1)
+        before = F.pad(codes, (0, 0, 0, 0, self.context, 0), value=self.num_codes)
+        # Of each of the n frames the `context` maps before it, and what leads on from each of them.
+        cond = self.unet(*(x.unfold(1, self.context, 1)[:, T - n:T].flatten(0, 1)
+                           for x in (before, actions)))
         logits = self.pixelcnn(codes[:, T - n:].flatten(0, 1), cond=cond)      # (B*n, K, H, W)
         return logits.unflatten(0, (B, n)).transpose(1, 2)
 
-    def windows(self, codes, T):
-        """The `context` maps before each of frames 0 .. T-1: (B, T, H, W, context)."""
-        codes = F.pad(codes, (0, 0, 0, 0, self.context, 0), value=self.num_codes)
-        return codes.unfold(1, self.context, 1)[:, :T]
-
-    def unet(self, codes, action):
-        """codes (B, H, W, context), the last action (B,) -> features (B, C, H, W)."""
-        action, e = action + 1, self.embed(codes)                      # (B, H, W, context, E)
+    def unet(self, codes, actions):
+        """codes and the actions that lead on from them, (B, H, W, context) and (B, context) ->
+        features (B, C, H, W)."""
+        action, e = actions[:, -1] + 1, self.embed(codes)              # (B, H, W, context, E)
         x = self.enter(e.flatten(3).permute(0, 3, 1, 2))               # (B, C, H, W)
-        # action_conv: each example has a kernel of its own, so a product with the patches.
-        patches = F.unfold(e[..., -1, :].permute(0, 3, 1, 2), self.kernel,
-                           padding=[k // 2 for k in self.kernel])      # (B, E * taps, H*W)
-        kernels = self.action_conv(action).unflatten(1, (x.shape[1], -1))  # (B, C, E * taps)
-        x = x + (kernels @ patches).view_as(x)
+        x = x + self.look(self.panorama(e.permute(3, 0, 4, 1, 2), actions))
         skips = []
         for i, block in enumerate(self.before):
             x = self.down[i - 1](x) if i else x
@@ -536,6 +531,18 @@ class VideoPrior(nn.Module):
             x = self.after[i](x, self.action_map(x), action)
         return self.norm(x)
 
+    def panorama(self, e, actions):
+        """Maps e (context, B, E, H, W), and actions (B, context) -> what has been seen, where it
+        should be by now (B, E, H, W): map after map is laid upon the middle of a canvas twice as
+        wide, and a depthwise convolution moves it all, with the action's kernel."""
+        n, B, E, H, W = e.shape
+        canvas, side = e.new_zeros(B * E, H, W + 2 * (W // 2)), W // 2
+        kernels = self.move(actions.t() + 1).view(n, B * E, 1, *self.kernel)
+        for seen, kernel in zip(e.flatten(1, 2), kernels):
+            canvas = torch.cat([canvas[..., :side], seen, canvas[..., side + W:]], 2)
+            canvas = F.conv2d(canvas, kernel, padding=[k // 2 for k in self.kernel], groups=B * E)
+        return canvas[..., side:side + W].unflatten(0, (B, E))
+
     def action_map(self, x):
         """Features of every action at every position of a map like x: (A, M, H, W)."""
         H, W = x.shape[2:]
@@ -544,17 +551,17 @@ class VideoPrior(nn.Module):
         return F.relu(self.mix(F.relu(self.embed_action.weight[:, :, None, None] + pos)))
 
     def checked(self, codes, actions, length):
-        """The actions, -1 for unknown, behind that to the first frame: (B, 1 + length)."""
+        """The actions, -1 for unknown, also before the first frame: (B, context + length)."""
         if codes.dim() != 4:
             raise ValueError(f"codes must be (B, T, H, W), got {tuple(codes.shape)}")
         if actions is None:
-            return codes.new_full((len(codes), 1 + length), -1)
+            return codes.new_full((len(codes), self.context + length), -1)
         if not self.num_actions:
             raise ValueError("this VideoPrior was made without actions, and is called with them")
         if actions.shape != (len(codes), length):
             raise ValueError(f"actions must be ({len(codes)}, {length}), one between any two "
                              f"frames; got {tuple(actions.shape)}")
-        return F.pad(actions, (1, 0), value=-1)
+        return F.pad(actions, (self.context, 0), value=-1)
 
     @torch.no_grad()
     def sample(self, codes, actions=None, frames=1, temperature=1.0, generator=None, guidance=1.0):
@@ -566,10 +573,10 @@ class VideoPrior(nn.Module):
         actions = self.checked(codes, actions, T + frames - 1)
         if actions.numel() and not -1 <= actions.min() <= actions.max() < self.num_actions:
             raise ValueError(f"actions must be 0 .. {self.num_actions - 1}, or -1 for unknown")
-        clip = F.pad(codes, (0, 0, 0, 0, n, 0), value=self.num_codes)  # as in `windows`
+        clip = F.pad(codes, (0, 0, 0, 0, n, 0), value=self.num_codes)
         for t in range(T, T + frames):
-            before, action = clip[:, t:t + n].permute(0, 2, 3, 1), actions[:, t]
-            wanted = action, torch.full_like(action, -1)               # and the action unknown
+            before, taken = clip[:, t:t + n].permute(0, 2, 3, 1), actions[:, t:t + n]
+            wanted = taken, F.pad(taken[:, :-1], (0, 1), value=-1)     # and the last one unknown
             cond = torch.cat([self.unet(before, a) for a in wanted[:plans]])
             z = self.pixelcnn.sample(B, H, W, None, cond, temperature, generator, guidance)
             clip = torch.cat([clip, z.unsqueeze(1)], 1)

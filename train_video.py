@@ -90,17 +90,19 @@ class Model(namedtuple("Model", "vqvae prior names args")):
         return in_batches(self.vqvae.decode, self.device, size, codes.flatten(0, 1)).unflatten(
             0, codes.shape[:2])
 
-    def imagine(self, frames, actions, temperature=None, seed=0):
+    def imagine(self, frames, actions, before=None, temperature=None, seed=0):
         """Frames (N, T, 3, H, W) uint8, T >= 1, and what follows if actions (N, n) int64 are taken
-        next: (N, T + n, 3, H, W). All codes come first, "purely in the latent space"; pictures
-        are made of them after that. Without actions in the model only n is taken from `actions`."""
+        next: (N, T + n, 3, H, W); before (N, T-1): those between the frames, if they are known.
+        All codes come first, "purely in the latent space"; pictures are made of them after that.
+        Without actions in the model only n is taken from `actions`."""
         generator = torch.Generator(self.device).manual_seed(seed)
-        codes = self.continued(self.encode(frames), actions, temperature, generator)
+        codes = self.continued(self.encode(frames), actions, before, temperature, generator)
         return torch.cat([frames, self.decode(codes)], 1)
 
-    def continued(self, codes, actions, temperature, generator):
-        """Codes (B, T, h, w), actions (B, n) -> the next n code maps (B, n, h, w)."""
-        plan = F.pad(actions, (codes.shape[1] - 1, 0), value=-1)       # -1: not looked at
+    def continued(self, codes, actions, before, temperature, generator):
+        """Codes (B, T, h, w), actions (B, n), those before (B, T-1) or None -> the next n maps."""
+        plan = (F.pad(actions, (codes.shape[1] - 1, 0), value=-1) if before is None else
+                torch.cat([before, actions], 1))
         return self.prior.sample(
             codes.to(self.device).long(), plan.to(self.device) if self.prior.num_actions else None,
             actions.shape[1], temperature or self.args.temperature or 1.0, generator,
@@ -123,12 +125,13 @@ def vqvae_loss(net, x, num_codes):
 
 def prior_loss(net, z, action, hidden=0.0):
     """-log p(z_t | z_<t, a_(t-1)), teacher-forced: the frames before, z[:, :-1], are recorded.
-    z (B, GIVEN + 1, h, w); action (B,) leads to the last frame, or None. A share of the actions is
-    `hidden` in training: guidance needs the prediction without an action."""
+    z (B, GIVEN + 1, h, w); action, of the same length, leads to each frame, or None. A share of the
+    actions is `hidden` in training: guidance needs the prediction without an action."""
     z = z.long()
-    if action is not None:  # of the earlier ones the prior sees what they did, in the frames
-        seen = torch.rand(action.shape, device=z.device) >= hidden * net.training
-        action = F.pad(torch.where(seen, action, -1)[:, None], (GIVEN - 1, 0), value=-1)
+    if action is not None:
+        seen = torch.rand(2, len(z), 1, device=z.device) >= hidden * net.training
+        action = torch.cat([torch.where(seen[0], action[:, 1:-1], -1),
+                            torch.where(seen[1], action[:, -1:], -1)], 1)
     loss = F.cross_entropy(net(z, action, last=1), z[:, -1:])          # nats per code
     return loss, {"bits_per_code": loss.detach() / math.log(2)}
 
@@ -144,7 +147,7 @@ def make_judge(num_actions):
 
 
 def judge_loss(net, pair, action):
-    logits = net(to_unit(pair))
+    logits, action = net(to_unit(pair)), action[:, 1]
     right = (logits.detach().argmax(1) == action).float().mean()
     return F.cross_entropy(logits, action), {"accuracy": right}
 
@@ -152,8 +155,8 @@ def judge_loss(net, pair, action):
 # -- Measurements: metrics.json -----------------------------------------------------------------
 
 # Clips that were imagined, and what really happens (None if it is not known): (N, T, 3, H, W), of
-# which GIVEN frames were given; actions (N, T - GIVEN).
-RollOut = namedtuple("RollOut", "name actions imagined truth")
+# which GIVEN frames were given; actions (N, T - GIVEN), those before (N, GIVEN - 1).
+RollOut = namedtuple("RollOut", "name actions imagined truth before", defaults=[None])
 
 
 def measure(run, model, judge, data, codes):
@@ -172,11 +175,11 @@ def roll_outs(run, model, clips):
     T, length = clips.frames.shape[1], min(clips.frames.shape[1], GIVEN + GENERATED)
     frames, actions = (x[:100, :T // length * length].unflatten(1, (-1, length)).flatten(0, 1)[:100]
                        for x in (clips.frames, F.pad(clips.actions, (0, 1))))
-    given, taken = frames[:, :GIVEN], actions[:, GIVEN - 1:-1]
+    given, before, taken = frames[:, :GIVEN], actions[:, :GIVEN - 1], actions[:, GIVEN - 1:-1]
     plans = {"recorded actions": taken} | {f"only {name}": torch.full_like(taken, k) for k, name in
                                            enumerate(model.names[:min(4, model.prior.num_actions)])}
-    return [RollOut(name, plan, model.imagine(given, plan, seed=run.args.seed),
-                    frames if plan is taken else clips.truth(plan)) for name, plan in plans.items()]
+    return [RollOut(name, plan, model.imagine(given, plan, before, seed=run.args.seed), frames if
+                    plan is taken else clips.truth(plan), before) for name, plan in plans.items()]
 
 
 def measure_codes(model, clips, codes):
@@ -204,7 +207,7 @@ def bits_per_code(prior, codes, actions, size=100, most=3000):
 def measure_films(model, judge, rows):
     """By step: PSNR in dB, over moving clips, as copying is unbeatable at a wall; sharpness: edges,
     relative to those of decoded frames; the judge's accuracy."""
-    (_, actions, imagined, truth), *constant = rows
+    (_, actions, imagined, truth, _), *constant = rows
     moving, decoded = is_moving(truth), model.decode(model.encode(truth))
     later, metrics = slice(GIVEN, None), {}
     for name, x in (("generated", imagined), ("reconstruction", decoded),
@@ -256,7 +259,8 @@ def draw(run, model, clips, rows):
     # 100 frames after those given to four clips, for the recorded actions of forty.
     count, k = min(4, len(first.actions)), 1 if run.rehearsing else 10
     taken = first.actions[torch.arange(count * k) % len(first.actions)].view(count, -1)
-    film = model.imagine(first.truth[:count, :GIVEN], taken, seed=run.args.seed)
+    film = model.imagine(first.truth[:count, :GIVEN], taken, first.before[:count],
+                         seed=run.args.seed)
     draw_films(run, "rollout_long", [RollOut(first.name, taken, film, clips.truth(taken))], 4, 5)
     # rollout.gif: one sequence of actions after the other, for a clip that moves and has more edges
     # than most; of these the median by error: neither a lucky nor an unlucky one.
@@ -341,8 +345,9 @@ class Play:
         self.generator = torch.Generator(self.model.device).manual_seed(0)
 
     def act(self, action):
-        z = self.model.continued(self.codes[:, -GIVEN:], torch.tensor([[action]]),
-                                 self.temperature, self.generator).to(self.codes)
+        taken = [*self.clips.actions[self.n, :GIVEN - 1].tolist(), *self.actions][1 - GIVEN:]
+        z = self.model.continued(self.codes[:, -GIVEN:], torch.tensor([[action]]), torch.tensor(
+            [taken]), self.temperature, self.generator).to(self.codes)
         self.actions.append(action)
         self.codes = torch.cat([self.codes, z], 1)
         self.film = torch.cat([self.film, self.model.decode(z)[0]])
@@ -390,15 +395,16 @@ Clips = namedtuple("Clips", "frames actions truth", defaults=[lambda actions, fi
 
 class Stretches(torch.utils.data.Dataset):
     """All stretches of `length` consecutive frames (or code maps) x (N, T, ...), each with the
-    action that leads to its last one; -1, "none", leads to the first of a clip.
-    For Run.fit: self[index (B,)] -> stretches (B, length, ...), actions (B,)."""
+    actions that lead to each of its frames; -1, "none", leads to the first of a clip.
+    For Run.fit: self[index (B,)] -> stretches (B, length, ...), actions (B, length)."""
 
     def __init__(self, x, actions, length):
+        none = x.shape[1] - actions.shape[1]
         self.x = x.unfold(1, length, 1)                # a view (N, T', ..., length)
-        self.actions = F.pad(actions, (1, 0), value=-1)[:, -self.x.shape[1]:]
+        self.actions = F.pad(actions, (none, 0), value=-1).unfold(1, length, 1)
 
     def __len__(self):
-        return self.actions.numel()
+        return self.actions[..., 0].numel()
 
     def __getitem__(self, index):
         n, t = index // self.x.shape[1], index % self.x.shape[1]

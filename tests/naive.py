@@ -47,7 +47,9 @@ def sample_video(net, codes, actions, frames, generator, guidance=1.0):
             for j in range(W):
                 logits = net(clip, actions)[:, :, t, i, j].log_softmax(1)
                 if guidance != 1:
-                    unknown = net(clip, actions.clone().fill_(-1))[:, :, t, i, j].log_softmax(1)
+                    plan = actions.clone()
+                    plan[:, t - 1] = -1                # what leads to this frame, not before it
+                    unknown = net(clip, plan)[:, :, t, i, j].log_softmax(1)
                     logits = logits + (guidance - 1) * (logits - unknown)
                 clip[:, t, i, j] = draw(logits, noise[j], 1.0)
     return clip[:, T:]

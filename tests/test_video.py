@@ -43,13 +43,13 @@ def influence(T=4, H=3, W=5, context=2, actions=True):
     Every position of the clip has a code of its own, and every step an action of its own, so
     that the gradient of a row of an embedding is that of one position."""
     prior = VideoPrior(T * H * W, T - 1 if actions else 0, 16, num_layers=3, context=context)
-    prior.double()
+    prior.double().move.weight.data.normal_()          # else nothing moves
     codes = torch.arange(T * H * W).view(1, T, H, W)
     logits = prior(codes, torch.arange(T - 1)[None] if actions else None)
     assert logits.shape == (1, prior.num_codes, T, H, W)
     mix = torch.randn(prior.num_codes, dtype=torch.float64)
     scores = torch.einsum("k,kn->n", mix, logits[0].flatten(1))
-    tables = prior.embed.weight, prior.pixelcnn.embed.weight, prior.action_conv.weight
+    tables = prior.embed.weight, prior.pixelcnn.embed.weight, prior.move.weight
     rows = [[g.abs().sum(1) > 0 for g in torch.autograd.grad(score, tables, retain_graph=True)]
             for score in scores]
     before = torch.stack([r[0][:-1] for r in rows])    # (T*H*W, T*H*W): through the context
@@ -77,13 +77,13 @@ def test_a_code_sees_its_own_frame_so_far_and_all_of_the_frames_before():
     assert torch.equal(before, (gap == 1) | (gap == 2)), "not the whole of the last two frames"
 
 
-def test_an_action_influences_the_next_frame_and_none_before():
+def test_an_action_influences_the_frames_that_see_it_in_their_context_and_none_before():
     _, _, acts = influence(context=2)
     t = torch.arange(len(acts))[:, None] // 15         # a_s leads from frame s to frame s + 1
     s = torch.arange(acts.shape[1])[None]
     assert not (acts & (t <= s)).any(), "an action is seen before it is taken"
     assert acts[(t == s + 1).expand_as(acts)].all(), "an action misses the frame it leads to"
-    assert torch.equal(acts, t == s + 1), "earlier actions are seen, though their frames are"
+    assert torch.equal(acts, (t > s) & (t <= s + 2)), "not the actions after the last two frames"
 
 
 def test_a_column_far_away_in_the_last_frame_is_seen():
@@ -93,6 +93,31 @@ def test_a_column_far_away_in_the_last_frame_is_seen():
     codes[0, 0, 4, 20] = 1
     plain = prior(torch.zeros_like(codes), torch.tensor([[1]]))
     assert (prior(codes, torch.tensor([[1]])) - plain)[0, :, 1, 4, 9].abs().sum() > 0
+
+
+def test_what_has_left_the_view_comes_back_with_a_turn():
+    prior, W = VideoPrior(9, 3, 8, 1, context=4).double(), 8
+    kernels = torch.zeros(4, 4, 3, 7, dtype=torch.float64)             # action, E, rows, columns
+    for action, column in enumerate((3, 2, 4)):        # stay; left: all moves right; right
+        kernels[1 + action, :, 1, column] = 1
+    prior.move.weight.data = kernels.flatten(1)
+    scene, plans = torch.randn(4, 5, 40).double(), torch.tensor([[2, 2, 1, 1], [1, 2, 0, 1],
+                                                                 [2, 2, 2, 2], [1, 1, 1, 0]])
+    turns = torch.tensor([0, -1, 1])[plans].cumsum(1)                  # (B, context)
+    views = 16 + F.pad(turns, (1, 0))                  # the first column in view, (B, context + 1)
+    e = torch.stack([torch.stack([scene[..., v:v + W] for v in view[:-1]]) for view in views], 1)
+    found = prior.panorama(e, plans)                   # (B, E, H, W)
+    for picture, view in zip(found, views):
+        for i in range(W):
+            column = view[-1] + i
+            seen = any(v <= column < v + W for v in view[:-1])
+            assert torch.allclose(picture[..., i], scene[..., column] * seen), (
+                f"views {view.tolist()}, column {i}: {'lost' if seen else 'invented'}")
+
+
+def test_nothing_moves_in_a_prior_that_has_learned_nothing():
+    prior, e = VideoPrior(9, 3, 8, 1, context=2), torch.randn(2, 3, 4, 5, 8)
+    assert torch.equal(prior.panorama(e, torch.randint(-1, 3, (3, 2))), e[-1])
 
 
 def test_without_actions_is_all_actions_unknown():
@@ -155,13 +180,16 @@ def test_guided_draws_have_the_distribution_they_should(guidance):
 def test_a_share_of_the_actions_is_hidden_in_training_only(training):
     prior = VideoPrior(7, 3, 16, 1).train(training)
     seen = []
-    prior.register_forward_pre_hook(lambda net, args: seen.append(args[1][:, -1]))
-    action = torch.randint(3, (2000,))
+    prior.register_forward_pre_hook(lambda net, args: seen.append(args[1]))
+    action = torch.randint(3, (2000, GIVEN + 1))
     train_video.prior_loss(prior, torch.randint(7, (2000, GIVEN + 1, 4, 4)), action, hidden=0.25)
-    hidden = (seen[0] == -1).float().mean().item()
-    assert hidden == pytest.approx(0.25 * training, abs=0.04), f"{hidden} of the actions hidden"
+    hidden = (seen[0] == -1).float().mean(0).tolist()
+    assert hidden == pytest.approx([0.25 * training] * GIVEN, abs=0.04), f"{hidden} hidden, by step"
     known = seen[0] != -1
-    assert torch.equal(seen[0][known], action[known]), "the other actions must stay"
+    assert torch.equal(seen[0][known], action[:, 1:][known]), "the other actions must stay"
+    assert (known[:, :-1] == known[:, :1]).all(), "of the earlier ones all are known, or none"
+    both = (~known[:, 0] & ~known[:, -1]).float().mean().item()
+    assert both == pytest.approx(0.25 ** 2 * training, abs=0.03), "the last one is hidden by itself"
 
 
 def test_same_seed_same_roll_out():
@@ -415,13 +443,14 @@ def test_another_frame_or_action_is_noticed(tmp_path):
     assert facts("d.npz", changed, actions)["digest"] != first["digest"]
 
 
-def test_stretches_are_all_of_them_with_the_action_that_leads_to_their_end():
+def test_stretches_are_all_of_them_with_the_actions_that_lead_to_their_frames():
     clip = torch.arange(3 * 5).view(3, 5)              # frame t of clip n is the number 5 n + t
     actions = 100 + torch.arange(3 * 4).view(3, 4)     # from t to t + 1 of clip n: 100 + 4 n + t
     data = Stretches(clip, actions, 2)
     pairs, action = data[torch.arange(len(data))]
     assert len(data) == 12 and torch.equal(pairs[:, 0] + 1, pairs[:, 1])
-    assert torch.equal(action, 100 + pairs[:, 0] // 5 * 4 + pairs[:, 0] % 5)
+    assert torch.equal(action[:, 1], 100 + pairs[:, 0] // 5 * 4 + pairs[:, 0] % 5)
+    assert torch.equal(action[:, 0], torch.where(pairs[:, 0] % 5 == 0, -1, action[:, 1] - 1))
 
 
 def test_stretches_of_codes_also_end_at_the_first_frames():
@@ -432,7 +461,8 @@ def test_stretches_of_codes_also_end_at_the_first_frames():
     for set in data.stretches(3, {"train": codes, "valid": codes}, 99):
         windows, action = set[torch.tensor([0, 1, 7, 14])]
         assert windows.flatten(1).tolist() == [[99, 99, 0], [99, 0, 1], [5, 6, 7], [12, 13, 14]]
-        assert len(set) == 15 and action.tolist() == [-1, 100, 105, 111]
+        assert len(set) == 15 and action.tolist() == [
+            [-1, -1, -1], [-1, -1, 100], [-1, 104, 105], [109, 110, 111]]
 
 
 FRAMES, TAKEN = clips()
@@ -579,7 +609,7 @@ def test_long_clips_are_cut_into_roll_outs():
 
     class Copy(Perfect):
         names, prior = [], argparse.Namespace(num_actions=0)
-        imagine = staticmethod(lambda given, actions, seed: given)
+        imagine = staticmethod(lambda given, actions, before, seed: given)
 
     run = argparse.Namespace(args=argparse.Namespace(seed=0))
     [row] = roll_outs(run, Copy, Clips(frames, actions))
@@ -588,6 +618,7 @@ def test_long_clips_are_cut_into_roll_outs():
     assert torch.equal(row.imagined, row.truth[:, :GIVEN])
     first = torch.tensor([0, 16, 39, 55])              # the number of a clip's first action
     assert torch.equal(row.actions, first[:, None] + torch.arange(GIVEN - 1, 15))
+    assert torch.equal(row.before, first[:, None] + torch.arange(GIVEN - 1))
 
 
 def test_action_accuracy_counts_roll_outs_nearest_to_their_own_action():
@@ -653,8 +684,8 @@ def test_the_judge_learns_what_a_turn_and_a_step_look_like(world):
         loss.backward()
         optimizer.step()
     pair, action = pairs[index[360:]]
-    assert judge_accuracy(judge, pair, action[:, None])[0] > 0.8
-    assert judge_accuracy(judge, pair.flip(1), action[:, None])[0] < 0.5, "backwards, left is right"
+    assert judge_accuracy(judge, pair, action[:, 1:])[0] > 0.8
+    assert judge_accuracy(judge, pair.flip(1), action[:, 1:])[0] < 0.5, "backwards, left is right"
 
 
 def test_the_judge_is_asked_about_each_step_and_its_own_action():
@@ -864,6 +895,11 @@ def test_imagine_goes_from_frames_to_frames(model, clips_of_test):
                            torch.Generator().manual_seed(4), model.args.guidance)
     assert torch.equal(film[:, GIVEN:], model.decode(z)), "not what the prior samples"
     assert torch.equal(film[:, :GIVEN + 2], model.imagine(given, actions[:, :2], seed=4))
+    z = model.encode(given).long()
+    z = model.prior.sample(z, 0 * plan, 3, model.args.temperature,
+                           torch.Generator().manual_seed(4), model.args.guidance)
+    film = model.imagine(given, 0 * actions, 0 * plan[:, :GIVEN - 1], seed=4)
+    assert torch.equal(film[:, GIVEN:], model.decode(z)), "the actions before are not used"
 
 
 @pytest.mark.parametrize("spoil, said", [
@@ -908,7 +944,8 @@ def shown(play):
 def test_arrow_keys_imagine_one_frame_each(play, model, clips_of_test):
     press(play, "left", "left", "up", "right", "x", "f5")
     actions = torch.tensor([[LEFT, LEFT, FORWARD, RIGHT]])
-    expected = model.imagine(clips_of_test.frames[:1, :GIVEN], actions, temperature=0.8)[0]
+    before = clips_of_test.actions[:1, :GIVEN - 1]
+    expected = model.imagine(clips_of_test.frames[:1, :GIVEN], actions, before, 0.8)[0]
     assert torch.equal(play.film, expected), "not what a roll-out of the same actions gives"
     assert np.array_equal(shown(play)[0], expected[-1].permute(1, 2, 0)), "shows another frame"
     truth = clips_of_test.truth(actions)[0]
