@@ -457,10 +457,9 @@ class ActionBlock(nn.Module):
 class VideoPrior(nn.Module):
     """p(z_t | z_<t, a_<t) for clips of code maps z_t (H, W): sec. 4.4, p(z_1, .., z_T).
 
-    From the last `context` maps and the actions that lead on from each a U-Net computes a feature
-    map; a gated PixelCNN conditioned on it generates the next map. A turn moves the picture by
-    several columns, and what leaves the view may come back: so what has been seen also enters as
-    a panorama, which every action moves by a kernel of its own.
+    A U-Net computes a feature map of the last `context` maps and the actions that lead on from
+    them; a gated PixelCNN conditioned on it generates the next map. A turn moves the picture by
+    columns, and back what it has moved out of view: see `panorama`.
 
     Args:
         num_codes: K. num_actions: 0 for a model without actions.
@@ -495,9 +494,8 @@ class VideoPrior(nn.Module):
         self.pixelcnn = PixelCNN(num_codes, C, num_layers, cond_channels=C)
         # PyTorch's default initialisation loses two thirds of the variance in each convolution:
         # what the U-Net sees would not reach its output, and copying would be slow to learn.
-        for layer in self.modules():
-            if isinstance(layer, nn.Conv2d):
-                nn.init.kaiming_normal_(layer.weight, nonlinearity="linear")
+        for layer in (m for m in self.modules() if isinstance(m, nn.Conv2d)):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="linear")
         nn.init.dirac_(self.move.weight.data.view(A * E, 1, *self.kernel), A * E)  # nothing moves
 
     def forward(self, codes, actions=None, last=None):
@@ -508,15 +506,14 @@ class VideoPrior(nn.Module):
         n = T if last is None else last
         actions = self.checked(codes, actions, T - 1)  # (B, context + T - 1)
         before = F.pad(codes, (0, 0, 0, 0, self.context, 0), value=self.num_codes)
-        # Of each of the n frames the `context` maps before it, and what leads on from each of them.
+        # For each of the n frames: the `context` maps before it, and what leads on from each map.
         cond = self.unet(*(x.unfold(1, self.context, 1)[:, T - n:T].flatten(0, 1)
                            for x in (before, actions)))
         logits = self.pixelcnn(codes[:, T - n:].flatten(0, 1), cond=cond)      # (B*n, K, H, W)
         return logits.unflatten(0, (B, n)).transpose(1, 2)
 
     def unet(self, codes, actions):
-        """codes and the actions that lead on from them, (B, H, W, context) and (B, context) ->
-        features (B, C, H, W)."""
+        """codes (B, H, W, context), actions (B, context) -> features (B, C, H, W)."""
         action, e = actions[:, -1] + 1, self.embed(codes)              # (B, H, W, context, E)
         x = self.enter(e.flatten(3).permute(0, 3, 1, 2))               # (B, C, H, W)
         x = x + self.look(self.panorama(e.permute(3, 0, 4, 1, 2), actions))
@@ -532,9 +529,9 @@ class VideoPrior(nn.Module):
         return self.norm(x)
 
     def panorama(self, e, actions):
-        """Maps e (context, B, E, H, W), and actions (B, context) -> what has been seen, where it
-        should be by now (B, E, H, W): map after map is laid upon the middle of a canvas twice as
-        wide, and a depthwise convolution moves it all, with the action's kernel."""
+        """Maps e (context, B, E, H, W), actions (B, context) -> what has been seen, where it should
+        be now (B, E, H, W). Map after map is laid upon the middle of a canvas twice as wide, and
+        all that is there is moved by the action that follows: a depthwise convolution."""
         n, B, E, H, W = e.shape
         canvas, side = e.new_zeros(B * E, H, W + 2 * (W // 2)), W // 2
         kernels = self.move(actions.t() + 1).view(n, B * E, 1, *self.kernel)
@@ -556,19 +553,16 @@ class VideoPrior(nn.Module):
             raise ValueError(f"codes must be (B, T, H, W), got {tuple(codes.shape)}")
         if actions is None:
             return codes.new_full((len(codes), self.context + length), -1)
-        if not self.num_actions:
-            raise ValueError("this VideoPrior was made without actions, and is called with them")
-        if actions.shape != (len(codes), length):
-            raise ValueError(f"actions must be ({len(codes)}, {length}), one between any two "
-                             f"frames; got {tuple(actions.shape)}")
+        if not self.num_actions or actions.shape != (len(codes), length):
+            raise ValueError(f"actions must be ({len(codes)}, {length}), one between any two frames"
+                             f", or None for a model without; got {tuple(actions.shape)}")
         return F.pad(actions, (self.context, 0), value=-1)
 
     @torch.no_grad()
     def sample(self, codes, actions=None, frames=1, temperature=1.0, generator=None, guidance=1.0):
         """Continue codes (B, T, H, W) int64, T >= 0, by `frames` code maps: (B, frames, H, W).
         actions (B, T + frames - 1): those between the given frames, then those of the roll-out.
-        The U-Net runs once per frame. No pixel is needed. guidance above 1 strengthens the effect
-        of the action, against "unknown" (see `draw`)."""
+        guidance above 1 strengthens the effect of the action, against "unknown" (see `draw`)."""
         (B, T, H, W), n, plans = codes.shape, self.context, 1 + (guidance != 1)
         actions = self.checked(codes, actions, T + frames - 1)
         if actions.numel() and not -1 <= actions.min() <= actions.max() < self.num_actions:

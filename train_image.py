@@ -531,8 +531,7 @@ def read_alike(size, shape, file):
     image = read_image(file, size)
     if image.shape != shape:
         found, first = ("{} x {}".format(*shape) for shape in (image.shape, shape))
-        raise ValueError(f"{file}: {found}, but the first image is {first}; --size S crops and "
-                         "scales all to S x S")
+        raise ValueError(f"{file}: {found}, the first image {first}; --size S scales all to S x S")
     return image[None]
 
 

@@ -32,7 +32,7 @@ GIVEN, GENERATED = 6, 10          # frames of a roll-out, as in fig. 7
 FACTOR = 4                        # pixels per code, each way
 PRESETS = {
     # 24 x 48 x 3 -> 6 x 12 codes, for a laptop.
-    "demo": dict(steps=1100, prior_steps=8500, batch_size=32, prior_batch_size=48, lr=1e-3,
+    "demo": dict(steps=1100, prior_steps=7500, batch_size=32, prior_batch_size=48, lr=1e-3,
                  prior_lr=3e-3, lr_decay=0.5, codebook="ema", num_codes=128, code_dim=32, hidden=48,
                  res_hidden=32, prior_channels=32, prior_layers=2, temperature=0.7),
     # Walks of 84 x 84 x 3 -> 21 x 21 codes: two hours of one core in bf16, more in fp32.
@@ -91,10 +91,9 @@ class Model(namedtuple("Model", "vqvae prior names args")):
             0, codes.shape[:2])
 
     def imagine(self, frames, actions, before=None, temperature=None, seed=0):
-        """Frames (N, T, 3, H, W) uint8, T >= 1, and what follows if actions (N, n) int64 are taken
-        next: (N, T + n, 3, H, W); before (N, T-1): those between the frames, if they are known.
-        All codes come first, "purely in the latent space"; pictures are made of them after that.
-        Without actions in the model only n is taken from `actions`."""
+        """Frames (N, T, 3, H, W) uint8, T >= 1, and n more if actions (N, n) int64 are taken next
+        (of a model without actions only n counts): (N, T + n, 3, H, W). before: what was done
+        between the frames, (N, T-1). All codes come first, "purely in the latent space"."""
         generator = torch.Generator(self.device).manual_seed(seed)
         codes = self.continued(self.encode(frames), actions, before, temperature, generator)
         return torch.cat([frames, self.decode(codes)], 1)
@@ -125,13 +124,12 @@ def vqvae_loss(net, x, num_codes):
 
 def prior_loss(net, z, action, hidden=0.0):
     """-log p(z_t | z_<t, a_(t-1)), teacher-forced: the frames before, z[:, :-1], are recorded.
-    z (B, GIVEN + 1, h, w); action, of the same length, leads to each frame, or None. A share of the
-    actions is `hidden` in training: guidance needs the prediction without an action."""
+    z (B, GIVEN + 1, h, w); action (B, GIVEN + 1) leads to each frame, or None. A share `hidden` of
+    the examples lacks the last one (guidance needs p(z_t | z_<t)), and one lacks those before."""
     z = z.long()
     if action is not None:
-        seen = torch.rand(2, len(z), 1, device=z.device) >= hidden * net.training
-        action = torch.cat([torch.where(seen[0], action[:, 1:-1], -1),
-                            torch.where(seen[1], action[:, -1:], -1)], 1)
+        seen = torch.rand(len(z), 2, device=z.device) >= hidden * net.training
+        action = torch.where(seen[:, [0] * (GIVEN - 1) + [1]], action[:, 1:], -1)
     loss = F.cross_entropy(net(z, action, last=1), z[:, -1:])          # nats per code
     return loss, {"bits_per_code": loss.detach() / math.log(2)}
 
@@ -528,11 +526,6 @@ class World:
         self.pattern = rng.integers(len(PATTERNS), size=self.wall.shape)
         self.floor, self.ceiling = np.float32([[0.25, 0.22, 0.2], [0.55, 0.6, 0.7]])
 
-    def start(self, count, rng):
-        """Poses in the middle of free cells, with any heading."""
-        cells = np.argwhere(~self.wall)[rng.integers((~self.wall).sum(), size=count)]
-        return np.column_stack([cells + (0, 0.5, 0.5), rng.integers(360 // TURN, size=count)])
-
     def move(self, pose, action):
         """One action each. A wall stops only the component of a step towards it."""
         maze, x, y, turns = pose.T
@@ -609,8 +602,9 @@ PATTERNS = np.where([along < 0, along < 0.5, (abs(height - 0.5) < 0.3) & (abs(al
 def demo_clips(world, count, length, size=24, seed=0):
     """Random walks: frames (count, length, 3, size, 2 * size) uint8, actions (count, length) int64,
     poses (count, length, 4). Walkers like to go on with what they do, and mostly turn at walls."""
-    rng = np.random.default_rng(seed)
-    pose, action, walk = world.start(count, rng), np.zeros(count, int), []
+    rng, action, walk, free = np.random.default_rng(seed), np.zeros(count, int), [], ~world.wall
+    cells = np.argwhere(free)[rng.integers(free.sum(), size=count)] + (0, 0.5, 0.5)    # the middle
+    pose = np.column_stack([cells, rng.integers(360 // TURN, size=count)])
     for t in range(length):
         other = rng.choice(3, size=count, p=(0.4, 0.3, 0.3))
         action = np.where(rng.random(count) < 0.7 * (t > 0), action, other)

@@ -268,7 +268,7 @@ def world():
 
 @pytest.fixture(scope="module")
 def poses(world):
-    return world.start(12, np.random.default_rng(0))
+    return demo_clips(world, 12, 1, 24, 0)[2][:, 0]
 
 
 def after(world, pose, *actions):
