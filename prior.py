@@ -555,7 +555,7 @@ class VideoPrior(nn.Module):
             return codes.new_full((len(codes), self.context + length), -1)
         if not self.num_actions or actions.shape != (len(codes), length):
             raise ValueError(f"actions must be ({len(codes)}, {length}), one between any two frames"
-                             f", or None for a model without; got {tuple(actions.shape)}")
+                             f" (None: a model without actions); got {tuple(actions.shape)}")
         return F.pad(actions, (self.context, 0), value=-1)
 
     @torch.no_grad()
