@@ -156,6 +156,7 @@ def test_guided_sampling_weighs_the_action_against_no_action(guidance):
     prior = VideoPrior(7, 3, 16, 2, context=2).double()
     for p in prior.parameters():
         p.data *= 2
+    prior.move.weight.data.normal_()                   # earlier actions matter too, and stay
     codes, actions = torch.randint(7, (3, 2, 3, 5)), torch.randint(3, (3, 3))
     one, two, plain = (f(codes, actions, 2, generator=torch.Generator().manual_seed(5),
                          guidance=w) for f, w in ((prior.sample, guidance),
@@ -609,7 +610,11 @@ def test_long_clips_are_cut_into_roll_outs():
 
     class Copy(Perfect):
         names, prior = [], argparse.Namespace(num_actions=0)
-        imagine = staticmethod(lambda given, actions, before, seed: given)
+
+        @staticmethod
+        def imagine(given, actions, before, seed):
+            assert torch.equal(before[:, -1] + 1, actions[:, 0]), "not the actions just before"
+            return given
 
     run = argparse.Namespace(args=argparse.Namespace(seed=0))
     [row] = roll_outs(run, Copy, Clips(frames, actions))
