@@ -458,8 +458,8 @@ class VideoPrior(nn.Module):
     """p(z_t | z_<t, a_<t) for clips of code maps z_t (H, W): sec. 4.4, p(z_1, .., z_T).
 
     A U-Net computes a feature map of the last `context` maps and the actions that lead on from
-    them; a gated PixelCNN conditioned on it generates the next map. A turn moves the picture by
-    columns, and back what it has moved out of view: see `panorama`.
+    them; a gated PixelCNN conditioned on it generates the next map. A turn moves the picture, and
+    the next one may bring back what has left the view: see `panorama`.
 
     Args:
         num_codes: K. num_actions: 0 for a model without actions.

@@ -125,7 +125,7 @@ def vqvae_loss(net, x, num_codes):
 def prior_loss(net, z, action, hidden=0.0):
     """-log p(z_t | z_<t, a_(t-1)), teacher-forced: the frames before, z[:, :-1], are recorded.
     z (B, GIVEN + 1, h, w); action (B, GIVEN + 1) leads to each frame, or None. A share `hidden` of
-    the examples lacks the last one (guidance needs p(z_t | z_<t)), and one lacks those before."""
+    the examples lacks the last one (guidance needs p(z_t | z_<t)), an equal share those before."""
     z = z.long()
     if action is not None:
         seen = torch.rand(len(z), 2, device=z.device) >= hidden * net.training
