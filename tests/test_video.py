@@ -626,6 +626,25 @@ def test_long_clips_are_cut_into_roll_outs():
     assert torch.equal(row.before, first[:, None] + torch.arange(GIVEN - 1))
 
 
+def test_the_long_roll_out_is_told_the_actions_before_its_first():
+    told = []
+
+    class Recorder(Perfect):
+        @staticmethod
+        def imagine(given, actions, before, seed):
+            told.append((before, actions))
+            return torch.cat([given, given[:, :1].expand(-1, actions.shape[1], -1, -1, -1)], 1)
+
+    truth = torch.randint(256, (5, 16, 3, 8, 8), dtype=torch.uint8)
+    taken, before = torch.randint(9, (5, 10)), torch.randint(9, (5, GIVEN - 1))
+    run = argparse.Namespace(args=argparse.Namespace(seed=0), rehearsing=False,
+                             picture=lambda *args: None, write=lambda *args: None)
+    train_video.draw(run, Recorder, Clips(truth, None), [RollOut("", taken, truth, truth, before)])
+    [(first, actions)] = told
+    assert actions.shape == (4, 100) and torch.equal(actions[:, :10], taken[[0, 0, 0, 0]])
+    assert torch.equal(first, before[:4]), "not the actions between the given frames"
+
+
 def test_action_accuracy_counts_roll_outs_nearest_to_their_own_action():
     truths = list(torch.randint(256, (3, 4, 2, 3, 8, 8), dtype=torch.uint8))
 
